@@ -1,0 +1,3 @@
+"""A paged KV cache for llama.cpp, driven from Python."""
+
+__version__ = "0.1.0"

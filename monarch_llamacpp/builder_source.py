@@ -71,10 +71,15 @@ def hash_stream(stream) -> str:
     return sha.hexdigest()
 
 
-def ensure_upstream(pin: Pin, cache: Path, sdist: Path) -> Path:
-    """llama.cpp as the sdist holds it, unpacked once."""
-    folder = cache / f"upstream-{pin.sha256[:12]}"
+def upstream_dir(pin: Pin, cache: Path) -> Path:
+    """llama.cpp as the sdist holds it, once ensure_upstream() has put it there."""
+    return cache / f"upstream-{pin.sha256[:12]}"
+
+
+def ensure_upstream(pin: Pin, cache: Path, given: Path | None) -> Path:
+    folder = upstream_dir(pin, cache)
     if not folder.is_dir():
+        sdist = ensure_sdist(pin, cache, given)
         temp = fresh_folder(cache / "upstream.tmp")
         extract(sdist, temp)
         temp.rename(folder)
@@ -82,7 +87,7 @@ def ensure_upstream(pin: Pin, cache: Path, sdist: Path) -> Path:
 
 
 def extract(sdist: Path, folder: Path) -> None:
-    """Unpacks the vendored llama.cpp only, without its gitlink; refuses a name or a kind of member that could escape."""
+    """Unpacks the vendored llama.cpp only, without its gitlink; refuses a member that could escape."""
     try:
         with tarfile.open(sdist) as archive:
             for member in archive:

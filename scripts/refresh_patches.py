@@ -28,8 +28,7 @@ PATCHES = ROOT / "patches"
 def upstream_tree(sdist: Path | None) -> Path:
     cache = paths.cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    pinned = pin.read_pin()
-    return builder_source.ensure_upstream(pinned, cache, builder_source.ensure_sdist(pinned, cache, sdist))
+    return builder_source.ensure_upstream(pin.read_pin(), cache, sdist)
 
 
 def new_tree(upstream: Path, tree: Path) -> None:

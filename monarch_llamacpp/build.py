@@ -1,0 +1,133 @@
+"""`python -m monarch_llamacpp build`: both llama.cpp libraries, stock and patched, from one pinned source."""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import builder_cmake, builder_recipe, builder_shim, builder_source, paths, pin
+from .builder_progress import Progress
+from .builder_stamp import Built, find_built, read_stamp, write_stamp
+from .errors import MonarchError
+
+# for one arm: sources 65 MB, objects and libraries
+SPACE_NEEDED = 400 << 20
+
+
+@contextlib.contextmanager
+def build_lock(cache: Path, progress: Progress) -> Iterator[int]:
+    """One build at a time in one cache. The kernel lets go of it whatever way the holder ends."""
+    with (cache / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.step(f"waiting for another build in {cache}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+@dataclasses.dataclass
+class Builder:
+    cache: Path
+    pin: pin.Pin
+    sdist: Path | None
+    jobs: int
+    progress: Progress
+    lock_fd: int
+
+    def build(self, arm: str, targets: list[str]) -> Built:
+        built = find_built(arm, self.cache, self.pin)
+        if built and set(targets) <= set(built.targets):
+            self.progress.step(f"{arm}: up to date in {built.bin_dir}")
+        else:
+            built = self._bring_up_to_date(arm, targets)
+        if arm == "patched":
+            builder_shim.ensure_shim(built.arm_dir, self.progress)
+        return built
+
+    def _bring_up_to_date(self, arm: str, targets: list[str]) -> Built:
+        tools = builder_cmake.find_toolchain()
+        check_python_headers()
+        arm_dir = self.cache / f"{arm}-{builder_recipe.tree_key(arm, self.pin, tools.identity)}"
+        if not arm_dir.exists():
+            check_space(self.cache)
+        # tools that an earlier build made are kept up to date with their library
+        targets = sorted({*targets, *read_stamp(arm_dir).targets})
+        digest = builder_recipe.build_digest(arm, self.pin)
+        self._write_source(arm, arm_dir / "src")
+        self._compile(arm, arm_dir, tools, targets)
+        write_stamp(Built(arm_dir, "", targets))
+        builder_cmake.install(arm_dir / "build" / "bin", arm_dir / "bin")
+        built = Built(arm_dir, digest, targets)
+        write_stamp(built)
+        self.progress.step(f"{arm}: built in {built.bin_dir}")
+        return built
+
+    def _write_source(self, arm: str, tree: Path) -> None:
+        upstream = self._upstream()
+        if arm == "patched":
+            self.progress.step("patched: applying patches")
+            files = builder_source.patched_files(upstream, paths.patches_dir(), paths.native_dir())
+        else:
+            files = builder_source.upstream_files(upstream)
+        tree.mkdir(parents=True, exist_ok=True)
+        builder_source.sync_tree(tree, files)
+
+    def _upstream(self) -> Path:
+        if not builder_source.upstream_dir(self.pin, self.cache).is_dir():
+            self.progress.step(f"fetching, verifying and unpacking {self.pin.sdist}")
+        return builder_source.ensure_upstream(self.pin, self.cache, self.sdist)
+
+    def _compile(self, arm: str, arm_dir: Path, tools: builder_cmake.Toolchain, targets: list[str]) -> None:
+        log = arm_dir / "build.log"
+        log.unlink(missing_ok=True)
+        runner = builder_cmake.Runner(log, self.progress, self.lock_fd)
+        self.progress.step(f"{arm}: compiling; about 4 minutes on 2 cores the first time, log in {log}")
+        builder_cmake.configure(runner, tools, arm_dir, builder_recipe.cmake_options(arm, self.pin))
+        builder_cmake.compile_targets(runner, tools, arm_dir, targets, self.jobs)
+
+
+def check_python_headers() -> None:
+    folder = sysconfig.get_path("include")
+    if not Path(folder, "Python.h").is_file():
+        raise MonarchError(f"Python.h is missing in {folder}: install Python's headers "
+                           "(Debian and Ubuntu: apt install python3-dev)")
+
+
+def check_space(cache: Path) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < SPACE_NEEDED:
+        raise MonarchError(f"{cache}: {free >> 20} MB free, a build needs {SPACE_NEEDED >> 20} MB: "
+                           "free some, or point MONARCH_CACHE to another disk")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cuda", action="store_true", help="with the CUDA backend")
+    parser.add_argument("--tools", action="store_true", help=f"also {', '.join(builder_recipe.TOOLS)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at once")
+    parser.add_argument("--sdist", type=Path, metavar="FILE", help="the pinned sdist, instead of fetching it with pip")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.cuda:
+        raise MonarchError("CUDA is not supported yet; build without --cuda")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    pinned = pin.read_pin()
+    cache = paths.cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    if args.sdist:
+        builder_source.verify_sdist(pinned, args.sdist)
+    targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if args.tools else ())]
+    progress = Progress()
+    with build_lock(cache, progress) as lock_fd:
+        builder = Builder(cache, pinned, args.sdist, args.jobs, progress, lock_fd)
+        for arm in reversed(builder_recipe.ARMS):  # patched first: it is the one whose sources change
+            builder.build(arm, targets)
+    return 0

@@ -1,0 +1,72 @@
+"""What a build is made of, and the digests that tell whether one on disk is the one wanted."""
+
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import builder_source, paths
+from .pin import Pin
+
+ARMS = ("stock", "patched")
+LIBRARY = "llama"
+TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize")
+
+_OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",
+    "GGML_NATIVE": "ON",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_TESTS": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    # the result is a folder that can be copied: its libraries and tools find each other
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_INSTALL_RPATH": "$ORIGIN",
+    # llama.cpp would otherwise ask git, and report the commit of whatever repository surrounds the cache
+    "GIT_EXE": "OFF",
+    "LLAMA_BUILD_NUMBER": "0",
+}
+
+
+def cmake_options(arm: str, pin: Pin) -> dict[str, str]:
+    commit = pin.llama_cpp_commit[:9] + ("-monarch" if arm == "patched" else "")
+    return _OPTIONS | {"LLAMA_BUILD_COMMIT": commit}
+
+
+@functools.cache
+def cpu_features() -> str:
+    """What GGML_NATIVE compiles for: a library from another CPU may not run here."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
+    return " ".join([platform.machine(), *sorted(flags.split())])
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def files_digest(files: Mapping[str, Path]) -> str:
+    return digest({name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()})
+
+
+def sources_digest(arm: str) -> str:
+    """Of everything that the project adds to upstream."""
+    if arm == "stock":
+        return ""
+    folders = {"patches": paths.patches_dir(), "native": paths.native_dir()}
+    return digest({name: files_digest(builder_source.own_files(folder)) for name, folder in folders.items()})
+
+
+def tree_key(arm: str, pin: Pin, compiler: str) -> str:
+    """Names the build tree. The sources are left out: after an edit the same tree is brought up to date."""
+    return digest([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), compiler])[:12]
+
+
+def build_digest(arm: str, pin: Pin) -> str:
+    """Names the contents. The compiler is left out: using a library needs none."""
+    return digest([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), sources_digest(arm)])

@@ -1,0 +1,43 @@
+"""What is built: each build tree carries a stamp, written last."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from . import builder_recipe
+from .pin import Pin
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A build tree in the cache, as its stamp describes it."""
+
+    arm_dir: Path
+    digest: str  # empty while its bin folder is being replaced
+    targets: list[str]
+
+    @property
+    def bin_dir(self) -> Path:
+        return self.arm_dir / "bin"
+
+
+def read_stamp(arm_dir: Path) -> Built:
+    try:
+        stamp = json.loads((arm_dir / "stamp.json").read_text())
+        return Built(arm_dir, stamp["digest"], stamp["targets"])
+    except (OSError, ValueError, KeyError):
+        return Built(arm_dir, "", [])
+
+
+def write_stamp(built: Built) -> None:
+    temp = built.arm_dir / "stamp.tmp"
+    temp.write_text(json.dumps({"digest": built.digest, "targets": built.targets}))
+    os.replace(temp, built.arm_dir / "stamp.json")
+
+
+def find_built(arm: str, cache: Path, pin: Pin) -> Built | None:
+    """The finished build of just these sources for this CPU."""
+    wanted = builder_recipe.build_digest(arm, pin)
+    stamps = [read_stamp(file.parent) for file in sorted(cache.glob(f"{arm}-*/stamp.json"))]
+    return next((built for built in stamps if built.digest == wanted), None)
