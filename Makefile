@@ -1,0 +1,44 @@
+# make demo   sets everything up and shows paged inference beside unmodified upstream
+# make test   sets everything up and runs the tests
+# Everything stays in this folder and in one cache folder (MONARCH_CACHE, default the user cache directory).
+
+PYTHON3 ?= python3
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+
+# a moved clone, another Python or other requirements need a new environment
+SETUP := $(shell { pwd; $(PYTHON3) --version; cat pyproject.toml LLAMA_CPP_VERSION; } | sha256sum | cut -c1-12)
+READY := $(VENV)/ready-$(SETUP)
+
+BINDINGS := llama-cpp-python==$(shell sed -n 's/^llama_cpp_python = //p' LLAMA_CPP_VERSION)
+
+.PHONY: demo test test-long build lint clean
+
+demo: build
+	$(PYTHON) scripts/demo.py
+
+test: build
+	$(PYTHON) -m pytest -q tests
+
+test-long: build
+	$(PYTHON) -m pytest -q -m long tests
+
+build: $(READY)
+	$(PYTHON) -m monarch_llamacpp build --tools
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+# The bindings come without their own llama.cpp. They bypass pip's cache: a wheel without the library must not be what
+# another project of this user gets from it.
+$(READY):
+	@echo "setting up $(VENV): about a minute"
+	rm -rf $(VENV)
+	$(PYTHON3) -m venv $(VENV)
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+	    $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-cache-dir $(BINDINGS)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
