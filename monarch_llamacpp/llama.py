@@ -1,0 +1,89 @@
+"""llama-cpp-python's Llama on the patched library. Importing this module loads the library."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from . import library
+from .errors import MonarchError
+from .knobs import Knobs, Value, find_spec
+from .shim import Hook, Page, Shim, Stats
+
+_shim_module = library.load()
+
+import llama_cpp  # noqa: E402  only after library.load() chose the library
+from jinja2 import TemplateError  # noqa: E402
+from llama_cpp._logger import llama_log_callback as _print_log  # noqa: E402
+
+SHIM = Shim(_shim_module.ffi, _shim_module.lib)
+
+_LOG_LEVEL_ERROR = 4
+
+_last_errors: deque[str] = deque(maxlen=8)
+
+
+@llama_cpp.llama_log_callback
+def _keep_errors(level: int, text: bytes, _user_data: Any) -> None:
+    # llama-cpp-python 0.3.36 takes ERROR for DEBUG and drops exactly the lines that name a cause
+    if level == _LOG_LEVEL_ERROR:
+        _last_errors.append(text.decode("utf-8", "replace").strip())
+
+
+def _cause() -> str:
+    """The first error that llama.cpp logged, without the name of the function that logged it."""
+    if not _last_errors:
+        return "llama.cpp gives no reason"
+    before, colon, after = _last_errors[0].partition(": ")
+    return after if colon and " " not in before else _last_errors[0]
+
+
+class Llama(llama_cpp.Llama):
+    """Llama(path, paging=Knobs(mode="paged")); without paging the MONARCH_* environment decides."""
+
+    def __init__(self, model_path: str, *, paging: Knobs | None = None, **kwargs: Any) -> None:
+        if not Path(model_path).is_file():
+            raise MonarchError(f"no model at {model_path}: give the path of a GGUF file")
+        if paging is not None:
+            SHIM.validate(paging)
+        self._hooks: Any = None
+        self._create(str(model_path), paging, kwargs)
+
+    def _create(self, model_path: str, paging: Knobs | None, kwargs: dict[str, Any]) -> None:
+        _last_errors.clear()
+        llama_cpp.llama_log_set(_print_log if kwargs.get("verbose", True) else _keep_errors, None)
+        SHIM.set_pending(paging)
+        try:
+            super().__init__(model_path, **kwargs)
+        except (ValueError, RuntimeError, TemplateError) as error:
+            raise MonarchError(f"cannot load {model_path}: {_reason(error)}") from error
+        finally:
+            SHIM.set_pending(None)
+
+    def stats(self) -> Stats:
+        """What the paged cache holds and did; refused when paging is off."""
+        return SHIM.stats(self.ctx)
+
+    def pages(self, seq_id: int = 0) -> list[Page]:
+        return SHIM.pages(self.ctx, seq_id)
+
+    def knobs(self) -> Knobs:
+        return SHIM.knobs(self.ctx)
+
+    def set_knob(self, name: str, value: Value) -> None:
+        """Changes a live knob; text is parsed as on the command line."""
+        SHIM.set_knob(self.ctx, name, find_spec(name).parse(value) if isinstance(value, str) else value)
+
+    def set_hooks(
+        self, *, on_page_out: Hook = None, on_promote: Hook = None, on_sticky: Hook = None, on_page_in: Hook = None
+    ) -> None:
+        """Python functions called with an Event after each step; replaces all hooks set before."""
+        hooks = {"on_page_out": on_page_out, "on_promote": on_promote, "on_sticky": on_sticky, "on_page_in": on_page_in}
+        self._hooks = SHIM.set_hooks(self.ctx, hooks)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TemplateError):
+        return f"its chat template is broken: {error}"
+    return SHIM.last_error() or _cause()
