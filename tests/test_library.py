@@ -45,9 +45,11 @@ def make_library(cache: Path) -> Callable[[int], Path]:
         names = FUNCTION.findall(builder_shim.declarations(paths.native_dir()))
         write(arm_dir / "stub.c", "".join(f"int {name}(void) {{ return {abi}; }}\n" for name in names))
         (arm_dir / "bin").mkdir()
-        output = arm_dir / "bin/libllama.so"
-        command = ["cc", "-shared", "-fPIC", str(arm_dir / "stub.c"), "-Wl,-soname,libllama.so", "-o", str(output)]
+        # a name for each version: the loader takes a library of the same name that it already holds
+        output = arm_dir / f"bin/libllama.so.{abi}"
+        command = ["cc", "-shared", "-fPIC", str(arm_dir / "stub.c"), f"-Wl,-soname,{output.name}", "-o", str(output)]
         subprocess.run(command, check=True)
+        (arm_dir / "bin/libllama.so").symlink_to(output.name)
         builder_shim.ensure_shim(arm_dir, Progress())
         write_stamp(Built(arm_dir, build_digest("patched", read_pin()), ["llama"]))
         return arm_dir / "bin"
