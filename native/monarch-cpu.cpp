@@ -1,0 +1,209 @@
+#include "monarch-cpu.h"
+
+#include "monarch-enums.h"
+#include "monarch-attend.h"
+#include "monarch-summary.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <cstring>
+
+static monarch_op_params monarch_op_get_params(const ggml_tensor * dst) {
+    monarch_op_params res;
+    memcpy(&res, dst->op_params, sizeof(res));
+    return res;
+}
+
+static float monarch_table_get_float(const int32_t * table, int32_t field) {
+    float res;
+    memcpy(&res, table + field, sizeof(res));
+    return res;
+}
+
+//
+// attend
+//
+
+static monarch_attend monarch_attend_init(ggml_tensor * dst) {
+    const int32_t * table = (const int32_t *) dst->src[7]->data;
+
+    monarch_attend res = {};
+
+    res.op          = monarch_op_get_params(dst);
+    res.q           = dst->src[0];
+    res.k           = dst->src[1];
+    res.v           = dst->src[2];
+    res.mask        = dst->src[3];
+    res.dst         = dst;
+    res.pool        = (const uint8_t *) dst->src[4]->data;
+    res.summary     = (const uint8_t *) dst->src[5]->data;
+    res.state       = (char *)          dst->src[6]->data;
+    res.table       = (const monarch_table_entry *) (table + MONARCH_TABLE_HEADER);
+    res.mode        = table[MONARCH_TABLE_MODE];
+    res.n_pages     = table[MONARCH_TABLE_N_PAGES];
+    res.n_pages_max = dst->src[4]->ne[2];
+    res.n_head_kv   = res.k->ne[1];
+    res.n_gqa       = res.q->ne[1]/res.n_head_kv;
+    res.n_block     = monarch_attend_block_size(res.n_gqa, res.q->ne[2]);
+
+    res.policy.n_budget            = table[res.op.dense ? MONARCH_TABLE_DENSE_PAGES : MONARCH_TABLE_PROMOTE_PAGES];
+    res.policy.promotion_threshold = monarch_table_get_float(table, MONARCH_TABLE_PROMOTION_THRESHOLD);
+    res.policy.sticky_threshold    = table[MONARCH_TABLE_STICKY_THRESHOLD];
+    res.policy.importance_decay    = monarch_table_get_float(table, MONARCH_TABLE_IMPORTANCE_DECAY);
+
+    return res;
+}
+
+static size_t monarch_attend_thread_size(const ggml_tensor * dst) {
+    const int64_t n_gqa = dst->src[0]->ne[1]/dst->src[1]->ne[1];
+
+    return monarch_attend_work_size(dst->src[0]->ne[0], n_gqa, dst->src[0]->ne[2], dst->src[4]->ne[2]);
+}
+
+static void monarch_attend_forward(const ggml_compute_params * params, ggml_tensor * dst) {
+    const monarch_attend attend = monarch_attend_init(dst);
+
+    const int32_t * table   = (const int32_t *) dst->src[7]->data;
+    const int64_t   n_block = (attend.q->ne[2] + attend.n_block - 1)/attend.n_block;
+    const int64_t   t_start = ggml_time_us();
+
+    // [n_threads][n_head_kv] counters, then each thread's scratch
+    monarch_attend_count * counts = (monarch_attend_count *) params->wdata;
+
+    const size_t counts_size = GGML_PAD(params->nth*attend.n_head_kv*sizeof(monarch_attend_count), 64);
+
+    monarch_attend_count * count = counts + params->ith*attend.n_head_kv;
+
+    void * work = (char *) params->wdata + counts_size + params->ith*monarch_attend_thread_size(dst);
+
+    std::fill(count, count + attend.n_head_kv, monarch_attend_count{});
+
+    for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {
+        monarch_head_state * head = monarch_state_head(attend.state, attend.n_pages_max, h);
+
+        monarch_policy_apply_log(&attend.policy, head, attend.n_pages_max, table[MONARCH_TABLE_COMMITTED]);
+
+        head->step = table[MONARCH_TABLE_STEP];
+    }
+
+    ggml_barrier(params->threadpool);
+
+    uint64_t score_us = 0;
+
+    for (int64_t i = params->ith; i < attend.n_head_kv*n_block; i += params->nth) {
+        const int64_t h = i/n_block;
+
+        monarch_attend_block(&attend, h, i%n_block, work, &count[h], &score_us);
+    }
+
+    ggml_barrier(params->threadpool);
+
+    for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {
+        monarch_head_state * head = monarch_state_head(attend.state, attend.n_pages_max, h);
+
+        for (int ith = 0; ith < params->nth; ++ith) {
+            head->log_promoted += counts[ith*attend.n_head_kv + h].n_promoted;
+            head->log_scored   += counts[ith*attend.n_head_kv + h].n_scored;
+        }
+    }
+
+    if (params->ith == 0) {
+        monarch_layer_state * layer = (monarch_layer_state *) attend.state;
+
+        layer->score_us  += score_us;
+        layer->attend_us += ggml_time_us() - t_start - score_us;
+    }
+}
+
+//
+// page out
+//
+
+static void monarch_page_out_read(const ggml_tensor * t, int64_t head_kv, const int32_t * slots, int32_t n, float * dst) {
+    const ggml_to_float_t to_float = ggml_get_type_traits(t->type)->to_float;
+
+    for (int32_t i = 0; i < n; ++i) {
+        const char * src = (const char *) t->data + head_kv*t->nb[1] + slots[i]*t->nb[2];
+
+        if (t->type == GGML_TYPE_F32) {
+            memcpy(dst + i*t->ne[0], src, t->ne[0]*sizeof(float));
+        } else {
+            to_float(src, dst + i*t->ne[0], t->ne[0]);
+        }
+    }
+}
+
+static void monarch_page_out_forward(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * pool    = dst->src[0];
+    const ggml_tensor * k       = dst->src[1];
+    const ggml_tensor * v       = dst->src[2];
+    const ggml_tensor * summary = dst->src[3];
+    const ggml_tensor * state   = dst->src[4];
+
+    const int32_t * page_outs = (const int32_t *) dst->src[5]->data;
+    const int32_t   n_outs    = page_outs[0];
+
+    if (n_outs == 0) {
+        return;
+    }
+
+    const int64_t t_start = ggml_time_us();
+
+    const monarch_op_params op = monarch_op_get_params(dst);
+
+    const int32_t head_dim  = op.codec.head_dim;
+    const int32_t page_size = op.codec.page_size;
+    const int64_t n_head_kv = k->ne[1];
+
+    float * k_page = (float *) params->wdata + params->ith*2*page_size*head_dim;
+    float * v_page = k_page + page_size*head_dim;
+
+    for (int64_t i = params->ith; i < n_outs*n_head_kv; i += params->nth) {
+        const int64_t   h     = i%n_head_kv;
+        const int32_t * out   = page_outs + 1 + (i/n_head_kv)*(1 + page_size);
+        const int64_t   page  = out[0];
+        const int64_t   block = page*n_head_kv + h;
+
+        monarch_page_out_read(k, h, out + 1, page_size, k_page);
+        monarch_page_out_read(v, h, out + 1, page_size, v_page);
+
+        monarch_codec_encode_page(&op.codec, k_page, v_page, (uint8_t *) pool->data + block*monarch_codec_block_size(&op.codec));
+        monarch_summary_encode(op.scorer, head_dim, page_size, k_page, (uint8_t *) summary->data + block*monarch_summary_size(head_dim));
+
+        // a recycled page starts without a past
+        monarch_head_state * head = monarch_state_head(state->data, pool->ne[2], h);
+
+        monarch_head_state_count     (head, pool->ne[2])[page] = 0;
+        monarch_head_state_importance(head, pool->ne[2])[page] = 0.0f;
+    }
+
+    if (params->ith == 0) {
+        ((monarch_layer_state *) state->data)->encode_us += ggml_time_us() - t_start;
+    }
+}
+
+//
+// dispatch
+//
+
+void ggml_compute_forward_monarch(const ggml_compute_params * params, ggml_tensor * dst) {
+    switch (monarch_op_get_params(dst).kind) {
+        case MONARCH_OP_ATTEND:   monarch_attend_forward  (params, dst); break;
+        case MONARCH_OP_PAGE_OUT: monarch_page_out_forward(params, dst); break;
+        default:                  GGML_ABORT("unknown monarch op");
+    }
+}
+
+size_t ggml_compute_forward_monarch_work_size(const ggml_tensor * dst, int n_tasks) {
+    const monarch_op_params op = monarch_op_get_params(dst);
+
+    if (op.kind == MONARCH_OP_PAGE_OUT) {
+        return n_tasks*2*op.codec.page_size*op.codec.head_dim*sizeof(float);
+    }
+
+    const int64_t n_head_kv = dst->src[1]->ne[1];
+
+    return GGML_PAD(n_tasks*n_head_kv*sizeof(monarch_attend_count), 64) + n_tasks*monarch_attend_thread_size(dst);
+}

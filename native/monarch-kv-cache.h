@@ -1,0 +1,161 @@
+#pragma once
+
+// The paged KV cache: a ring of hot tokens (the base class), a cold store of polar pages, and what moves between them.
+//
+// A step is one ubatch. apply() places its tokens in the ring and picks the pages that leave the hot window; the graph
+// attends and, at the end of each layer, encodes those pages; next() is reached only if the graph succeeded and then makes
+// the page-outs real: page table, free ring slots, counters, hooks. An aborted step leaves nothing behind.
+
+#include "monarch.h"
+#include "monarch-codec.h"
+#include "monarch-op.h"
+#include "monarch-page-table.h"
+#include "monarch-state.h"
+
+#include "llama-kv-cache.h"
+
+#include <string>
+
+class monarch_kv_cache : public llama_kv_cache {
+public:
+    // null: paging is off; throws std::runtime_error if it is on and this model or context cannot be paged
+    static monarch_kv_cache * create(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+    ~monarch_kv_cache() = default;
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
+    llama_memory_context_ptr init_full() override;
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+
+    //
+    // steps
+    //
+
+    slot_info place(const llama_ubatch & ubatch);
+    void      commit();
+
+    //
+    // graph
+    //
+
+    monarch_op_params get_op_params(int32_t il, float kq_scale) const;
+
+    ggml_tensor * get_pool   (int32_t il) const;
+    ggml_tensor * get_summary(int32_t il) const;
+    ggml_tensor * get_state  (int32_t il) const;
+    ggml_tensor * get_k_ring (ggml_context * ctx, int32_t il) const;
+    ggml_tensor * get_v_ring (ggml_context * ctx, int32_t il) const;
+
+    ggml_tensor * build_input_table    (ggml_context * ctx) const;
+    ggml_tensor * build_input_page_outs(ggml_context * ctx) const;
+
+    void set_input_table    (ggml_tensor * dst) const;
+    void set_input_page_outs(ggml_tensor * dst) const;
+
+    //
+    // the C ABI's view
+    //
+
+    const monarch_knobs & get_knobs() const { return knobs; }
+
+    void set_knobs(const monarch_knobs & knobs_new) { knobs = knobs_new; }
+    void set_hooks(const monarch_hooks & hooks_new) { hooks = hooks_new; }
+
+    monarch_stats get_stats() const;
+
+    std::vector<monarch_page> get_pages() const;
+
+private:
+    monarch_kv_cache(
+            const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+            const monarch_knobs & knobs, uint32_t n_slots, uint32_t seed);
+
+    // cold store of one layer
+    struct cold_layer {
+        ggml_tensor * pool;
+        ggml_tensor * summary;
+        ggml_tensor * state;
+    };
+
+    // a page that leaves the hot window in the present step
+    struct page_out {
+        int32_t              first_pos;
+        std::vector<int32_t> slots;
+    };
+
+    uint32_t n_tokens() const;
+    uint32_t n_hot()    const;
+    int32_t  resolve_mode() const;
+
+    bool     fits(const std::vector<llama_ubatch> & ubatches) const;
+    void     schedule_page_outs();
+    void     update_summaries(const monarch_page_table::page & page);
+    bool     is_sticky(uint8_t count) const;
+
+    void     run_page_out_hooks() const;
+    void     run_promotion_hooks() const;
+
+    monarch_head_state * get_head_state(size_t il_kv, uint32_t head_kv) const;
+
+    monarch_knobs knobs;
+    monarch_hooks hooks = {};
+
+    const uint32_t n_ctx;
+    const uint32_t n_ubatch;
+    const uint32_t n_head_kv;
+    const int32_t  head_dim;
+    const uint32_t n_pages_max;
+
+    monarch_page_table    table;
+    std::vector<page_out> pending;
+
+    int32_t  mode      = MONARCH_MODE_EXACT; // of the present step: auto is resolved
+    int32_t  step      = 0;
+    int32_t  committed = 0;
+    uint64_t n_page_outs = 0;
+
+    std::vector<cold_layer> cold_layers;
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> cold_bufs;
+};
+
+class monarch_kv_cache_context : public llama_kv_cache_context {
+public:
+    // no step to take: an error, or nothing to update
+    explicit monarch_kv_cache_context(llama_memory_status status);
+
+    // a full cache, to reserve memory with
+    explicit monarch_kv_cache_context(monarch_kv_cache * cache);
+
+    monarch_kv_cache_context(monarch_kv_cache * cache, std::vector<llama_ubatch> ubatches);
+
+    bool next()  override;
+    bool apply() override;
+
+    monarch_kv_cache * get_cache() const { return cache; }
+
+private:
+    monarch_kv_cache * cache = nullptr;
+};

@@ -1,0 +1,76 @@
+#pragma once
+
+// The ggml op of the paged cache: GGML_OP_MONARCH, with sub-kinds.
+//
+// Everything the op needs travels in tensors, so that graphs can be reused and split over devices:
+//
+//   pool      I8  [block_size, n_head_kv, n_pages]    cold records, monarch-codec.h
+//   summary   I8  [summary_size, n_head_kv, n_pages]  page summaries, monarch-summary.h
+//   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
+//   table     I32 [MONARCH_TABLE_HEADER + 2*n_pages]  input: the step's knobs, then (physical page, token mask) per cold page
+//   page_outs I32 [1 + n_max*(1 + page_size)]         input: count, then (physical page, ring slots) per page to encode
+
+#include "ggml.h"
+
+#include "monarch-codec.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum monarch_op_kind {
+    MONARCH_OP_ATTEND,   // hot window and cold pages in one softmax; scores and promotes pages, logs what it promoted
+    MONARCH_OP_PAGE_OUT, // encodes pages from the ring; runs after the layer attended
+};
+
+// constant over the life of a context; kept in the op params of every node
+struct monarch_op_params {
+    int32_t              kind;
+    struct monarch_codec codec;
+    int32_t              scorer;
+    int32_t              dense; // this layer promotes dense_tokens
+    float                kq_scale;
+};
+
+// header of the table input; floats are stored as their bits
+enum monarch_table_field {
+    MONARCH_TABLE_N_PAGES,
+    MONARCH_TABLE_MODE,                // window, paged or exact: auto is resolved
+    MONARCH_TABLE_PROMOTE_PAGES,
+    MONARCH_TABLE_DENSE_PAGES,
+    MONARCH_TABLE_PROMOTION_THRESHOLD, // float
+    MONARCH_TABLE_STICKY_THRESHOLD,
+    MONARCH_TABLE_IMPORTANCE_DECAY,    // float
+    MONARCH_TABLE_STEP,                // this step
+    MONARCH_TABLE_COMMITTED,           // the last step that succeeded
+    MONARCH_TABLE_HEADER = 16,
+};
+
+// q: F32 [head_dim, n_head, n_tokens]; k, v: ring views [head_dim, n_head_kv, n_kv]; mask: F16 or F32 [n_kv, n_tokens]
+// returns F32 [head_dim, n_head, n_tokens]
+GGML_API struct ggml_tensor * ggml_monarch_attend(
+        struct ggml_context            * ctx,
+        const struct monarch_op_params * params,
+        struct ggml_tensor             * q,
+        struct ggml_tensor             * k,
+        struct ggml_tensor             * v,
+        struct ggml_tensor             * mask,
+        struct ggml_tensor             * pool,
+        struct ggml_tensor             * summary,
+        struct ggml_tensor             * state,
+        struct ggml_tensor             * table);
+
+// k, v: the whole ring, [head_dim, n_head_kv, n_slots]; returns a view of the pool
+GGML_API struct ggml_tensor * ggml_monarch_page_out(
+        struct ggml_context            * ctx,
+        const struct monarch_op_params * params,
+        struct ggml_tensor             * k,
+        struct ggml_tensor             * v,
+        struct ggml_tensor             * pool,
+        struct ggml_tensor             * summary,
+        struct ggml_tensor             * state,
+        struct ggml_tensor             * page_outs);
+
+#ifdef __cplusplus
+}
+#endif

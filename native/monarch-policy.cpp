@@ -1,0 +1,117 @@
+#include "monarch-policy.h"
+
+#include <algorithm>
+#include <limits>
+
+static bool monarch_policy_is_sticky(const monarch_policy * policy, const uint8_t * count, int32_t page) {
+    return policy->sticky_threshold > 0 && count[page] >= policy->sticky_threshold;
+}
+
+void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state * head, int64_t n_pages_max, int32_t committed) {
+    const monarch_log_entry * log = monarch_head_state_log(head);
+
+    float   * importance = monarch_head_state_importance(head, n_pages_max);
+    uint8_t * count      = monarch_head_state_count     (head, n_pages_max);
+
+    if (head->step == committed) {
+        for (int32_t i = 0; i < head->n_log; ++i) {
+            const int32_t page = log[i].page;
+
+            if (log[i].flags & MONARCH_LOG_DROPPED) {
+                count[page]      = 0;
+                importance[page] = 0.0f;
+                continue;
+            }
+
+            const float kept = monarch_policy_is_sticky(policy, count, page) ? importance[page] : 0.0f;
+
+            importance[page] = policy->importance_decay*kept + log[i].measured;
+            count[page]      = (uint8_t) std::min(count[page] + 1, 255);
+        }
+
+        head->n_promotions += head->log_promoted;
+        head->n_scored     += head->log_scored;
+    }
+
+    head->n_log        = 0;
+    head->log_promoted = 0;
+    head->log_scored   = 0;
+}
+
+int32_t monarch_policy_select(
+        const monarch_policy      * policy,
+        monarch_head_state        * head,
+        int64_t                     n_pages_max,
+        int32_t                     n_pages,
+        const monarch_table_entry * table,
+        const float               * probability,
+        float                     * rank,
+        int32_t                   * chosen) {
+    const float   * importance = monarch_head_state_importance(head, n_pages_max);
+    const uint8_t * count      = monarch_head_state_count     (head, n_pages_max);
+
+    int32_t n_chosen = 0;
+
+    for (int32_t i = 0; i < n_pages; ++i) {
+        const int32_t page = table[i].page;
+
+        if (monarch_policy_is_sticky(policy, count, page)) {
+            rank[i] = std::max(probability[i], importance[page]);
+        } else if (probability[i] >= policy->promotion_threshold) {
+            rank[i] = probability[i];
+        } else {
+            continue;
+        }
+
+        chosen[n_chosen++] = i;
+    }
+
+    if (n_chosen > policy->n_budget) {
+        // of equals the later page wins
+        std::nth_element(chosen, chosen + policy->n_budget, chosen + n_chosen, [rank](int32_t a, int32_t b) {
+            return rank[a] != rank[b] ? rank[a] > rank[b] : a > b;
+        });
+
+        n_chosen = policy->n_budget;
+
+        std::sort(chosen, chosen + n_chosen);
+    }
+
+    return n_chosen;
+}
+
+void monarch_policy_write_log(
+        const monarch_policy      * policy,
+        monarch_head_state        * head,
+        int64_t                     n_pages_max,
+        int32_t                     n_pages,
+        const monarch_table_entry * table,
+        const float               * probability,
+        const float               * measured,
+        int32_t                     n_chosen,
+        const int32_t             * chosen) {
+    const uint8_t * count = monarch_head_state_count(head, n_pages_max);
+
+    monarch_log_entry * log = monarch_head_state_log(head);
+
+    int32_t n_log    = 0;
+    int32_t i_chosen = 0;
+
+    for (int32_t i = 0; i < n_pages; ++i) {
+        const int32_t page    = table[i].page;
+        const bool    sticky  = monarch_policy_is_sticky(policy, count, page);
+        const bool    promote = i_chosen < n_chosen && chosen[i_chosen] == i;
+
+        if (!sticky && !promote) {
+            continue;
+        }
+
+        const int32_t flags = (promote ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (sticky ? MONARCH_LOG_STICKY : 0);
+
+        log[n_log++] = { page, flags, probability[i], promote ? measured[i_chosen] : 0.0f };
+
+        i_chosen += promote;
+    }
+
+    head->n_log = n_log;
+}

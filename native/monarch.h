@@ -1,0 +1,112 @@
+#pragma once
+
+// Paged KV cache for llama.cpp: the C ABI.
+//
+// Every function returns 0 (or a count) on success and -1 on failure; monarch_last_error() then says why in one line.
+// Structs start with struct_size, which the caller sets to sizeof; a library of another size refuses them.
+// Nothing here throws, and nothing here is called from ggml worker threads.
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "llama.h"
+
+#include "monarch-enums.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MONARCH_ABI_VERSION 1
+
+// fields and defaults: monarch-knobs.def; an enum knob holds the index of its choice
+struct monarch_knobs {
+    uint32_t struct_size;
+#define MONARCH_KNOB_ENUM(name, ...)  int32_t name;
+#define MONARCH_KNOB_INT(name, ...)   int32_t name;
+#define MONARCH_KNOB_FLOAT(name, ...) float   name;
+#include "monarch-knobs.def"
+#undef MONARCH_KNOB_ENUM
+#undef MONARCH_KNOB_INT
+#undef MONARCH_KNOB_FLOAT
+};
+
+struct monarch_stats {
+    uint32_t struct_size;
+    uint32_t n_layer;              // layers and KV heads that page
+    uint32_t n_head_kv;
+    int32_t  mode;                 // the mode of the last step: auto is resolved here
+    uint64_t n_tokens;             // tokens held: n_hot + n_cold
+    uint64_t n_hot;                // sink tokens included
+    uint64_t n_cold;
+    uint64_t n_pages;              // cold pages
+    uint64_t n_page_outs;          // pages, since creation
+    uint64_t n_page_ins;           // (page, layer, KV head) copies to a faster tier, since creation
+    uint64_t n_promotions;         // (page, layer, KV head) events, since creation
+    uint64_t n_promoted;           // (page, layer, KV head) taking part in the last step
+    uint64_t n_sticky;             // (page, layer, KV head), now
+    uint64_t n_scored;             // (page, layer, KV head) summaries scored, since creation
+    uint64_t hot_bytes;            // ring buffers, allocated
+    uint64_t cold_bytes;           // records of the cold pages, used
+    uint64_t summary_bytes;        // their summaries, used
+    uint64_t frame_bytes;
+    uint64_t table_bytes;          // page table and sticky state
+    double   cold_bytes_per_token; // K + V records over all layers
+    uint64_t score_us;             // wall time of the first worker thread
+    uint64_t attend_us;
+    uint64_t encode_us;
+};
+
+// one cold page
+struct monarch_page {
+    int32_t first_pos;
+    int32_t n_tokens;
+    int32_t n_promoted; // layers x KV heads that attended it in the last step
+    int32_t n_sticky;   // layers x KV heads in which it is sticky
+};
+
+struct monarch_event {
+    int32_t seq_id;
+    int32_t layer;     // -1: all layers and heads together (page-out)
+    int32_t head_kv;
+    int32_t first_pos;
+    int32_t n_tokens;
+    float   estimated; // attention probability estimated from the summary
+    float   measured;  // attention mass measured in this step
+};
+
+typedef void (*monarch_hook)(const struct monarch_event * event, void * user_data);
+
+// called after a step succeeded, on the thread that called llama_decode
+struct monarch_hooks {
+    uint32_t     struct_size;
+    monarch_hook on_page_out;
+    monarch_hook on_promote;
+    monarch_hook on_sticky;
+    monarch_hook on_page_in;
+    void *       user_data;
+};
+
+LLAMA_API uint32_t     monarch_abi_version(void);
+LLAMA_API const char * monarch_last_error(void); // of this thread, "" when the last call succeeded
+
+LLAMA_API int32_t monarch_knobs_default (struct monarch_knobs * knobs);
+LLAMA_API int32_t monarch_knobs_validate(const struct monarch_knobs * knobs);
+
+// consumed by the next context that this thread creates; NULL: forget them, the environment decides
+LLAMA_API int32_t monarch_set_pending_knobs(const struct monarch_knobs * knobs);
+
+LLAMA_API int32_t monarch_get_knobs(struct llama_context * ctx,       struct monarch_knobs * knobs);
+LLAMA_API int32_t monarch_set_knobs(struct llama_context * ctx, const struct monarch_knobs * knobs);
+LLAMA_API int32_t monarch_get_stats(struct llama_context * ctx,       struct monarch_stats * stats);
+LLAMA_API int32_t monarch_set_hooks(struct llama_context * ctx, const struct monarch_hooks * hooks); // NULL: none
+
+// fills at most n_max cold pages of the sequence in order of position and returns how many there are
+LLAMA_API int32_t monarch_get_pages(struct llama_context * ctx, llama_seq_id seq_id, struct monarch_page * pages, int32_t n_max);
+
+// for tests: the next context of this thread hands out physical pages in an order shuffled by seed (0: ascending)
+LLAMA_API int32_t monarch_test_shuffle_pages(uint32_t seed);
+
+#ifdef __cplusplus
+}
+#endif
