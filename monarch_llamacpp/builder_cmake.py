@@ -84,7 +84,7 @@ class Runner:
             self._fail(label)
 
     def _follow(self, label: str, process: subprocess.Popen) -> None:
-        with self.log.open("a") as log:
+        with self.log.open("a", buffering=1) as log:
             for line in process.stdout:
                 log.write(line)
                 if match := _NINJA_COUNT.match(line):
