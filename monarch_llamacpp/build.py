@@ -14,8 +14,8 @@ from pathlib import Path
 
 from . import builder_cmake, builder_recipe, builder_shim, builder_source, paths, pin
 from .builder_progress import Progress
-from .builder_stamp import Built, find_built, read_stamp, write_stamp
-from .errors import MonarchError
+from .builder_stamp import Built, read_stamp, write_stamp
+from .errors import MonarchError, UsageError
 
 # for one arm: sources 65 MB, objects and libraries
 SPACE_NEEDED = 400 << 20
@@ -38,34 +38,32 @@ class Builder:
     cache: Path
     pin: pin.Pin
     sdist: Path | None
+    tools: builder_cmake.Toolchain
     jobs: int
     progress: Progress
     lock_fd: int
 
     def build(self, arm: str, targets: list[str]) -> Built:
-        built = find_built(arm, self.cache, self.pin)
-        if built and set(targets) <= set(built.targets):
+        key = builder_recipe.tree_key(arm, self.pin, self.tools.identity)
+        built = read_stamp(self.cache / f"{arm}-{key}")
+        if built.digest == builder_recipe.build_digest(arm, self.pin) and set(targets) <= set(built.targets):
+            write_stamp(built)  # the newest stamp is the one that is used
             self.progress.step(f"{arm}: up to date in {built.bin_dir}")
         else:
-            built = self._bring_up_to_date(arm, targets)
+            # tools that an earlier build made are kept up to date with their library
+            built = self._bring_up_to_date(arm, built.arm_dir, sorted({*targets, *built.targets}))
         if arm == "patched":
             builder_shim.ensure_shim(built.arm_dir, self.progress)
         return built
 
-    def _bring_up_to_date(self, arm: str, targets: list[str]) -> Built:
-        tools = builder_cmake.find_toolchain()
-        check_python_headers()
-        arm_dir = self.cache / f"{arm}-{builder_recipe.tree_key(arm, self.pin, tools.identity)}"
+    def _bring_up_to_date(self, arm: str, arm_dir: Path, targets: list[str]) -> Built:
         if not arm_dir.exists():
             check_space(self.cache)
-        # tools that an earlier build made are kept up to date with their library
-        targets = sorted({*targets, *read_stamp(arm_dir).targets})
-        digest = builder_recipe.build_digest(arm, self.pin)
+        built = Built(arm_dir, builder_recipe.build_digest(arm, self.pin), targets)
         self._write_source(arm, arm_dir / "src")
-        self._compile(arm, arm_dir, tools, targets)
-        write_stamp(Built(arm_dir, "", targets))
-        builder_cmake.install(arm_dir / "build" / "bin", arm_dir / "bin")
-        built = Built(arm_dir, digest, targets)
+        self._compile(arm, arm_dir, targets)
+        write_stamp(dataclasses.replace(built, digest=""))
+        builder_cmake.install(arm_dir / "build" / "bin", built.bin_dir)
         write_stamp(built)
         self.progress.step(f"{arm}: built in {built.bin_dir}")
         return built
@@ -85,13 +83,13 @@ class Builder:
             self.progress.step(f"fetching, verifying and unpacking {self.pin.sdist}")
         return builder_source.ensure_upstream(self.pin, self.cache, self.sdist)
 
-    def _compile(self, arm: str, arm_dir: Path, tools: builder_cmake.Toolchain, targets: list[str]) -> None:
+    def _compile(self, arm: str, arm_dir: Path, targets: list[str]) -> None:
         log = arm_dir / "build.log"
         log.unlink(missing_ok=True)
         runner = builder_cmake.Runner(log, self.progress, self.lock_fd)
         self.progress.step(f"{arm}: compiling; about 4 minutes on 2 cores the first time, log in {log}")
-        builder_cmake.configure(runner, tools, arm_dir, builder_recipe.cmake_options(arm, self.pin))
-        builder_cmake.compile_targets(runner, tools, arm_dir, targets, self.jobs)
+        builder_cmake.configure(runner, self.tools, arm_dir, builder_recipe.cmake_options(arm, self.pin))
+        builder_cmake.compile_targets(runner, self.tools, arm_dir, targets, self.jobs)
 
 
 def check_python_headers() -> None:
@@ -118,16 +116,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.cuda:
         raise MonarchError("CUDA is not supported yet; build without --cuda")
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: needs at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     pinned = pin.read_pin()
     cache = paths.cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     if args.sdist:
         builder_source.verify_sdist(pinned, args.sdist)
+    check_python_headers()
+    tools = builder_cmake.find_toolchain()
     targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if args.tools else ())]
     progress = Progress()
     with build_lock(cache, progress) as lock_fd:
-        builder = Builder(cache, pinned, args.sdist, args.jobs, progress, lock_fd)
+        builder = Builder(cache, pinned, args.sdist, tools, args.jobs, progress, lock_fd)
         for arm in reversed(builder_recipe.ARMS):  # patched first: it is the one whose sources change
             builder.build(arm, targets)
     return 0

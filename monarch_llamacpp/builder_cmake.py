@@ -22,7 +22,6 @@ _TAIL_LINES = 15
 class Toolchain:
     cmake: str
     ninja: str
-    cc: list[str]
     identity: str  # compilers, their versions, flags from the environment
 
 
@@ -31,7 +30,7 @@ def find_toolchain() -> Toolchain:
     cxx = find_compiler("CXX", "c++")
     flags = [f"{name}={os.environ[name]}" for name in _FLAG_VARIABLES if name in os.environ]
     identity = "\n".join([_version(cc), _version(cxx), *flags])
-    return Toolchain(_find_tool("cmake"), _find_tool("ninja"), cc, identity)
+    return Toolchain(_find_tool("cmake"), _find_tool("ninja"), identity)
 
 
 def find_compiler(variable: str, default: str) -> list[str]:

@@ -72,6 +72,7 @@ def ensure_shim(arm_dir: Path, progress: Progress) -> None:
     if target.is_file() and source.is_file() and source.read_text() == text:
         return
     progress.step("patched: compiling the Python shim")
+    target.unlink(missing_ok=True)  # an interrupted run leaves none rather than an old one
     source.write_text(text)
     compile_shim(source, target, arm_dir)
 

@@ -37,7 +37,7 @@ def write_stamp(built: Built) -> None:
 
 
 def find_built(arm: str, cache: Path, pin: Pin) -> Built | None:
-    """The finished build of just these sources for this CPU."""
+    """The finished build of just these sources for this CPU; with the compiler last asked for, if there are several."""
     wanted = builder_recipe.build_digest(arm, pin)
-    stamps = [read_stamp(file.parent) for file in sorted(cache.glob(f"{arm}-*/stamp.json"))]
-    return next((built for built in stamps if built.digest == wanted), None)
+    stamps = sorted(cache.glob(f"{arm}-*/stamp.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    return next((built for built in map(read_stamp, (file.parent for file in stamps)) if built.digest == wanted), None)

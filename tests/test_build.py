@@ -272,11 +272,12 @@ class Project:
         (self.native / "monarch.cpp").write_text("first")
         write_patches(root / "patches")
 
-    def build(self, *arms: str, tools: bool = False) -> list[Built]:
+    def build(self, *arms: str, tools: bool = False, compiler: str = "cc 1") -> list[Built]:
         targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if tools else ())]
         progress = Progress()
         with build.build_lock(self.cache, progress) as lock:
-            builder = build.Builder(self.cache, self.pin, None, 1, progress, lock)
+            toolchain = builder_cmake.Toolchain("cmake", "ninja", compiler)
+            builder = build.Builder(self.cache, self.pin, None, toolchain, 1, progress, lock)
             return [builder.build(arm, targets) for arm in arms]
 
 
@@ -369,6 +370,16 @@ def test_a_library_for_another_cpu_is_not_used(project: Project, compiler: FakeC
     assert find_built("stock", project.cache, project.pin) is None
     [there] = project.build("stock")
     assert here.arm_dir != there.arm_dir
+
+
+def test_another_compiler_has_its_own_tree_and_the_last_asked_for_is_used(project: Project, compiler) -> None:
+    [one] = project.build("stock")
+    [two] = project.build("stock", compiler="cc 2")
+    assert one.arm_dir != two.arm_dir
+    assert find_built("stock", project.cache, project.pin) == two
+    project.build("stock")
+    assert find_built("stock", project.cache, project.pin) == one
+    assert compiler.compiled == ["stock", "stock"]
 
 
 def test_what_installing_replaces_stays_with_those_who_use_it(tmp_path: Path) -> None:
@@ -536,6 +547,7 @@ def test_cuda_is_refused_in_one_line(capsys) -> None:
 
 
 def test_wrong_usage_is_status_2(capsys) -> None:
+    assert command_line(capsys, "build", "--jobs", "0") == (2, "error: --jobs 0: needs at least 1\n")
     for argv in (["no-such-command"], ["build", "--no-such-option"], []):
         with pytest.raises(SystemExit) as stop:
             main(argv)
