@@ -220,11 +220,13 @@ def _open_session(args: argparse.Namespace, knobs: Knobs) -> Session:
     from .chat_session import Interrupts, Sampling, Session
     from .llama import Llama
 
+    n_threads = args.threads or _n_cores()
     llm = Llama(
         args.model,
         paging=knobs,
         n_ctx=args.ctx_size,
-        n_threads=args.threads or _n_cores(),
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
         n_gpu_layers=args.n_gpu_layers,
         verbose=args.debug,
     )

@@ -45,9 +45,11 @@ def _read_block(line: str, read_line: ReadLine) -> str:
         lines.append(line)
         following = read_line("... ")
         if following is None:
-            return "\n".join(lines)
+            break
         line = following
-    return "\n".join([*lines, line.rstrip()[: -len(BLOCK)]]).strip("\n")
+    else:
+        lines.append(line.rstrip()[: -len(BLOCK)])
+    return "\n".join(lines).strip("\n")
 
 
 def _read_continued(line: str, read_line: ReadLine) -> str:

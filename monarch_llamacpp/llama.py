@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Llama(llama_cpp.Llama):
     """Llama(path, paging=Knobs(mode="paged")); without paging the MONARCH_* environment decides."""
 
     def __init__(self, model_path: str, *, paging: Knobs | None = None, **kwargs: Any) -> None:
+        self._stack = ExitStack()  # the base class closes it even when it never opened
         if not Path(model_path).is_file():
             raise MonarchError(f"no model at {model_path}: give the path of a GGUF file")
         if paging is not None:
