@@ -305,6 +305,9 @@ void monarch_kv_cache::schedule_page_outs() {
 llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     pending.clear();
 
+    // always the lowest free slots: where a token lands does not depend on steps that were aborted or removed
+    v_heads[0] = 0;
+
     auto sinfo = find_slot(ubatch, false);
     if (sinfo.empty()) {
         return sinfo;

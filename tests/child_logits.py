@@ -1,0 +1,154 @@
+"""Runs in a child process on one library (LLAMA_CPP_LIB_PATH): decodes token sequences and saves every logit.
+
+Standard input: a JSON list of cases; argument: the .npz to write. A case:
+  model, n_ctx, n_ubatch, type_k, type_v, flash_attn   the context
+  env      MONARCH_* variables
+  seed     order of physical pages (patched library)
+  steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail; ["clear"]; ["abort", n] aborts a decode of n
+           tokens at every node in turn, then decodes them
+  tokens   the tokens that decode steps take in order, position after position
+Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string.
+"""
+
+import ctypes
+import json
+import os
+import sys
+
+import llama_cpp
+import numpy as np
+
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+
+
+class Aborter:
+    """Stops a graph after a number of nodes; counts the nodes it was asked about."""
+
+    def __init__(self) -> None:
+        self.limit = -1
+        self.count = 0
+        self.callback = llama_cpp.ggml_abort_callback(self.check)
+
+    def check(self, _data: object) -> bool:
+        self.count += 1
+        return self.count == self.limit
+
+
+class Context:
+    def __init__(self, case: dict) -> None:
+        for name in [name for name in os.environ if name.startswith("MONARCH")]:
+            if name not in ("MONARCH_CACHE",):
+                del os.environ[name]
+        os.environ.update(case.get("env", {}))
+        if case.get("seed"):
+            llama_cpp.llama_cpp._lib.monarch_test_shuffle_pages(ctypes.c_uint32(case["seed"]))
+        params = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(case["model"].encode(), params)
+        cparams = llama_cpp.llama_context_default_params()
+        cparams.n_ctx = case["n_ctx"]
+        cparams.n_batch = max(case["n_ctx"], case["n_ubatch"])
+        cparams.n_ubatch = case["n_ubatch"]
+        cparams.n_threads = cparams.n_threads_batch = case.get("n_threads", 2)
+        cparams.flash_attn_type = 1 if case.get("flash_attn") else 0
+        cparams.type_k = TYPES[case.get("type_k", "f16")]
+        cparams.type_v = TYPES[case.get("type_v", "f16")]
+        cparams.no_perf = False
+        self.ctx = llama_cpp.llama_init_from_model(self.model, cparams)
+        if not self.ctx:
+            raise SystemExit("no context")
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.aborter = Aborter()
+        llama_cpp.llama_set_abort_callback(self.ctx, self.aborter.callback, None)
+
+    def decode(self, tokens: list[int], pos: int) -> tuple[int, np.ndarray]:
+        n = len(tokens)
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = pos + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = True
+        status = llama_cpp.llama_decode(self.ctx, batch)
+        logits = np.empty((0, self.n_vocab), np.float32)
+        if status == 0:
+            data = llama_cpp.llama_get_logits(self.ctx)
+            logits = np.ctypeslib.as_array(data, shape=(n, self.n_vocab)).copy()
+        llama_cpp.llama_batch_free(batch)
+        return status, logits
+
+    def abort_everywhere(self, tokens: list[int], pos: int) -> tuple[int, np.ndarray, int]:
+        """Aborts the decode after node 1, 2, ... until it runs through."""
+        limit = 0
+        while True:
+            limit += 1
+            self.aborter.limit, self.aborter.count = limit, 0
+            status, logits = self.decode(tokens, pos)
+            self.aborter.limit = -1
+            if status != 2:
+                return status, logits, limit - 1
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.ctx)
+        llama_cpp.llama_model_free(self.model)
+
+
+def stats(ctx: Context) -> dict:
+    lib = llama_cpp.llama_cpp._lib
+    if not hasattr(lib, "monarch_get_stats"):
+        return {}
+    # struct monarch_stats: 4 x 32 bits, 15 x 64 bits, a double, 3 x 64 bits
+    buffer = (ctypes.c_uint64 * 21)()
+    ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(buffer)
+    lib.monarch_get_stats.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    if lib.monarch_get_stats(ctx.ctx, buffer) != 0:
+        return {}
+    names = "n_tokens n_hot n_cold n_pages n_page_outs n_page_ins n_promotions n_promoted n_sticky n_scored"
+    return dict(zip(names.split(), list(buffer)[2:], strict=False))
+
+
+def run(case: dict) -> tuple[np.ndarray, dict]:
+    ctx = Context(case)
+    tokens = case["tokens"]
+    pos, taken, logits, info = 0, 0, [], {"status": [], "aborts": []}
+    for name, *args in case["steps"]:
+        if name in ("decode", "abort"):
+            chunk = tokens[taken : taken + args[0]]
+            if name == "decode":
+                status, rows = ctx.decode(chunk, pos)
+            else:
+                status, rows, aborts = ctx.abort_everywhere(chunk, pos)
+                info["aborts"].append(aborts)
+            info["status"].append(status)
+            logits.append(rows)
+            if status == 0:
+                taken += len(chunk)
+                pos += len(chunk)
+        elif name == "rm":
+            info["status"].append(int(llama_cpp.llama_memory_seq_rm(ctx.memory, 0, args[0], -1)))
+            pos = args[0]
+        elif name == "clear":
+            llama_cpp.llama_memory_clear(ctx.memory, True)
+            pos = 0
+    info["n_reused"] = llama_cpp.llama_perf_context(ctx.ctx).n_reused
+    info["pos_min"] = llama_cpp.llama_memory_seq_pos_min(ctx.memory, 0)
+    info["pos_max"] = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0)
+    info["stats"] = stats(ctx)
+    ctx.close()
+    return np.concatenate(logits), info
+
+
+def main() -> None:
+    cases = json.load(sys.stdin)
+    arrays = {}
+    for i, case in enumerate(cases):
+        logits, info = run(case)
+        arrays[f"logits{i}"] = logits
+        arrays[f"info{i}"] = np.array(json.dumps(info))
+    np.savez(sys.argv[1], **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The paged cache against the stock library: same logits where nothing is lost, refusals, and bookkeeping."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from logits import EXACT_CODEC, Result, nmse, random_tokens, run_cases
+from models import write_random_model
+
+SHAPES = [  # head size, query heads, KV heads, architecture, tokens per ubatch
+    (32, 4, 4, "llama", 1),
+    (64, 8, 2, "llama", 17),
+    (80, 4, 1, "qwen2", 128),
+    (96, 8, 1, "llama", 512),
+    (128, 2, 2, "qwen3", 64),
+    (192, 4, 2, "llama", 33),
+    (256, 2, 1, "llama", 100),
+]
+
+N_PREFILL, N_DECODE = 300, 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("paging")
+
+
+@pytest.fixture(scope="module")
+def cases(folder: Path) -> list[dict]:
+    res = []
+    for head_dim, n_head, n_head_kv, arch, n_ubatch in SHAPES:
+        model = folder / f"{arch}-{head_dim}.gguf"
+        write_random_model(model, arch=arch, head_dim=head_dim, n_head=n_head, n_head_kv=n_head_kv)
+        steps = [["decode", N_PREFILL]] + [["decode", 1]] * N_DECODE
+        tokens = random_tokens(N_PREFILL + N_DECODE, seed=head_dim)
+        res.append({"model": str(model), "n_ctx": 640, "n_ubatch": n_ubatch, "tokens": tokens, "steps": steps})
+    return res
+
+
+@pytest.fixture(scope="module")
+def stock(stock_bin: Path, folder: Path, cases: list[dict]) -> list[Result]:
+    return run_cases(stock_bin, folder, cases)
+
+
+def run_patched(patched_bin: Path, folder: Path, cases: list[dict], env: dict[str, str], seed: int = 0) -> list[Result]:
+    return run_cases(patched_bin, folder, [case | {"env": env, "seed": seed} for case in cases])
+
+
+def test_paging_off_is_bit_identical(patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]) -> None:
+    for got, want in zip(run_patched(patched_bin, folder, cases, {}), stock, strict=True):
+        assert np.array_equal(got.logits, want.logits)
+        assert got.info["stats"] == {}
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_exact_equals_stock_when_nothing_is_lost(
+    patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result], seed: int
+) -> None:
+    env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "32"}
+    for got, want in zip(run_patched(patched_bin, folder, cases, env, seed), stock, strict=True):
+        assert nmse(got.logits, want.logits) <= 1e-7
+        assert got.info["stats"]["n_cold"] >= 0.8 * (N_PREFILL + N_DECODE)
+        assert got.info["stats"]["n_promoted"] > 0
+
+
+def test_paged_equals_stock_when_the_budget_covers_all(
+    patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]
+) -> None:
+    env = EXACT_CODEC | {"MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "4096"}
+    for got, want in zip(run_patched(patched_bin, folder, cases, env, 3), stock, strict=True):
+        assert nmse(got.logits, want.logits) <= 1e-7
+        assert got.info["stats"]["n_promotions"] == got.info["stats"]["n_scored"] > 0
+
+
+def test_the_oracle_sees_a_lost_page(
+    patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]
+) -> None:
+    env = EXACT_CODEC | {"MONARCH_MODE": "window", "MONARCH_HOT_WINDOW": "304"}
+    for got, want in zip(run_patched(patched_bin, folder, cases, env), stock, strict=True):
+        assert got.info["stats"]["n_pages"] == 2  # of 360 tokens
+        assert nmse(got.logits[-1], want.logits[-1]) > 1e-5
+
+
+def test_flash_attention_mask_and_hot_types(patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]) -> None:
+    """F16 masks (flash attention on) and every hot type; bf16 and q8_0 cost what their precision costs."""
+    env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "32"}
+    case = cases[1] | {"env": env, "flash_attn": True}
+    limits = {"f16": 1e-7, "f32": 1e-7, "bf16": 1e-4, "q8_0": 1e-3}
+    typed = [case | {"type_k": name, "type_v": name} for name in limits]
+    for (name, limit), got in zip(limits.items(), run_cases(patched_bin, folder, typed), strict=True):
+        assert nmse(got.logits, stock[1].logits) <= limit, name
+
+
+def test_graph_is_reused(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    """From token to token the graph stays, page-outs included, in every mode; the ring grows it once past 256 slots."""
+    case = cases[1] | {"n_ubatch": 64}
+    for mode in ("window", "paged", "exact", "auto"):
+        env = {"MONARCH_MODE": mode, "MONARCH_HOT_WINDOW": "32"}
+        (got,) = run_cases(patched_bin, folder, [case | {"env": env}])
+        assert got.info["stats"]["n_page_outs"] > 10
+        assert got.info["n_reused"] >= N_DECODE - 1, mode
+
+
+def test_ubatch_size_does_not_matter_when_nothing_is_lost(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "16", "MONARCH_PAGE_SIZE": "8"}
+    sizes = [1, 7, 64, 512]
+    results = run_cases(patched_bin, folder, [cases[1] | {"env": env, "n_ubatch": n} for n in sizes])
+    for got in results[1:]:
+        assert nmse(got.logits, results[0].logits) <= 1e-7
+
+
+def test_threads_do_not_matter(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    env = {"MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "64"}
+    one, three = run_cases(patched_bin, folder, [cases[1] | {"env": env, "n_threads": n} for n in (1, 3)])
+    assert np.array_equal(one.logits, three.logits)
+    assert one.info["stats"] == three.info["stats"]
+
+
+def test_budgets_are_hard_caps(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    """Layer 0 is dense (4 pages), layer 1 promotes 2; sticky pages count within the budget."""
+    env = {
+        "MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "32",
+        "MONARCH_DENSE_LAYERS": "1", "MONARCH_DENSE_TOKENS": "64", "MONARCH_STICKY_THRESHOLD": "1",
+    }  # fmt: skip
+    (got,) = run_cases(patched_bin, folder, [cases[1] | {"env": env}])
+    n_head_kv = 2
+    assert got.info["stats"]["n_promoted"] == n_head_kv * (4 + 2)
+    assert 0 < got.info["stats"]["n_sticky"] <= n_head_kv * (4 + 2)
+
+
+def test_larger_threshold_never_promotes_more(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    env = {"MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_STICKY_THRESHOLD": "0"}
+    thresholds = ["0", "0.02", "0.05", "0.2", "1"]
+    prefill = cases[1] | {"n_ubatch": 512, "steps": [["decode", N_PREFILL], ["decode", 1]]}
+    results = run_cases(
+        patched_bin, folder, [prefill | {"env": env | {"MONARCH_PROMOTION_THRESHOLD": t}} for t in thresholds]
+    )
+    promotions = [got.info["stats"]["n_promotions"] for got in results]
+    assert promotions == sorted(promotions, reverse=True)
+    assert promotions[0] > promotions[2] > promotions[-1] == 0
+
+
+def test_context_full_returns_1_and_keeps_what_is_there(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "32"}
+    tokens = random_tokens(400)
+    case = cases[1] | {"env": env, "n_ctx": 256, "n_ubatch": 32, "tokens": tokens}
+    full = case | {"steps": [["decode", 250], ["decode", 7], ["decode", 6], ["decode", 1]]}
+    plain = case | {"steps": [["decode", 250], ["decode", 6]]}
+    got, want = run_cases(patched_bin, folder, [full, plain])
+    assert got.info["status"] == [0, 1, 0, 1]
+    assert np.array_equal(got.logits, want.logits)
+    assert got.info["stats"]["n_tokens"] == 256
+
+
+def test_tail_removal_at_any_depth(patched_bin: Path, stock_bin: Path, folder: Path, cases: list[dict]) -> None:
+    """Hot, cold at a page's border, cold inside a page, inside the sink tokens, everything."""
+    for p0 in (355, 16 + 5 * 16, 16 + 5 * 16 + 9, 17, 16, 7, 0):
+        steps = [["decode", 360], ["rm", p0], ["decode", 100], ["rm", p0 + 90], ["decode", 40]]
+        case = cases[1] | {"tokens": random_tokens(500, seed=p0), "steps": steps}
+        env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "32"}
+        (got,) = run_cases(patched_bin, folder, [case | {"env": env}])
+        (want,) = run_cases(stock_bin, folder, [case])
+        assert got.info["status"] == [0, 1, 0, 1, 0]
+        assert (got.info["pos_min"], got.info["pos_max"]) == (0, p0 + 129)
+        assert got.info["stats"]["n_tokens"] == p0 + 130
+        assert nmse(got.logits, want.logits) <= 1e-7, p0
+
+
+def test_clear_forgets(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    """A cleared cache answers like a new one, promotions included."""
+    env = {"MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "48", "MONARCH_STICKY_THRESHOLD": "2"}
+    tokens = random_tokens(320)
+    once = [["decode", 300]] + [["decode", 1]] * 20
+    fresh = cases[1] | {"env": env, "tokens": tokens, "steps": once}
+    again = cases[1] | {"env": env, "tokens": tokens * 2, "steps": once + [["clear"]] + once}
+    one, two = run_cases(patched_bin, folder, [fresh, again])
+    assert np.array_equal(two.logits[320:], one.logits)
+
+
+@pytest.mark.parametrize("mode", ["paged", "exact"])
+def test_abort_at_every_node_changes_nothing(patched_bin: Path, folder: Path, cases: list[dict], mode: str) -> None:
+    """A prefill and some decodes, each aborted after node 1, 2, ...: then the same logits as undisturbed, to the bit."""
+    env = {"MONARCH_MODE": mode, "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "48", "MONARCH_STICKY_THRESHOLD": "2"}
+    case = cases[1] | {"env": env, "n_ubatch": 64, "tokens": random_tokens(240)}
+    sizes = [100, 64] + [1] * 40
+    calm = case | {"steps": [["decode", n] for n in sizes]}
+    # one decode in eight and the second prefill are aborted everywhere: page-outs fall on every 16th token
+    rough = case | {"steps": [["abort" if i == 1 or i % 8 < 2 else "decode", n] for i, n in enumerate(sizes)]}
+    rough["steps"][0] = ["decode", 100]
+    want, got = run_cases(patched_bin, folder, [calm, rough])
+    assert min(got.info["aborts"]) > 20
+    assert np.array_equal(got.logits, want.logits)
+    assert got.info["stats"] == want.info["stats"]
