@@ -78,10 +78,11 @@ def _set(chat: Chat, argument: str) -> None:
     name, _, value = argument.partition(" ")
     if name and not value:
         raise UsageError("/set needs a knob and a value; /set alone lists the knobs")
-    if name:
-        chat.llm.set_knob(name, value.strip())
-    else:
+    if not name:
         say(knobs_table(chat.llm.knobs()))
+        return
+    chat.llm.set_knob(name, value.strip())
+    say(f"{name} = {value.strip()}")
 
 
 def _stats(chat: Chat, _argument: str) -> None:

@@ -32,22 +32,21 @@ class Cell:
     mark: str
 
 
-def rate(n: int, seconds: float) -> str:
-    return f"{n / seconds:.1f} tok/s" if n and seconds > 0 else "-"
-
-
 def turn_line(turn: Turn, pages: str) -> str:
-    reused = f" (+ {turn.n_reused} reused)" if turn.n_reused else ""
-    prompt = f"prompt {turn.n_prompt} tokens{reused} {rate(turn.n_prompt, turn.prompt_s)}"
-    answer = f"answer {turn.n_answer} tokens {rate(turn.n_answer, turn.answer_s)}"
-    return f"[{prompt} | {answer} | {pages}]"
+    reused = f", {turn.n_reused} reused" if turn.n_reused else ""
+    prompt = f"prompt {_at_rate(turn.n_prompt, turn.prompt_s)}{reused}"
+    return f"[{prompt} | answer {_at_rate(turn.n_answer, turn.answer_s)} | {pages}]"
+
+
+def _at_rate(n: int, seconds: float) -> str:
+    return f"{n} at {n / seconds:.1f} tok/s" if n and seconds > 0 else str(n)
 
 
 def pages_summary(stats: Stats, page_size: int) -> str:
     """Promoted: the mean over layers and KV heads, each of which promotes its own pages."""
     n_hot = _ceil_div(stats.n_hot, page_size)
     promoted = f"{stats.n_promoted / stats.n_places:.1f}".removesuffix(".0")
-    return f"pages {n_hot} hot, {promoted} promoted, {stats.n_pages} cold | KV {stats.kv_bytes / MIB:.1f} MiB"
+    return f"{n_hot} hot, {promoted} promoted, {stats.n_pages} cold pages | KV {stats.kv_bytes / MIB:.1f} MiB"
 
 
 def stats_table(stats: Stats) -> str:

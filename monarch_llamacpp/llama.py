@@ -37,7 +37,8 @@ def _cause() -> str:
     if not _last_errors:
         return "llama.cpp gives no reason"
     before, colon, after = _last_errors[0].partition(": ")
-    return after if colon and " " not in before else _last_errors[0]
+    cause = after if colon and " " not in before else _last_errors[0]
+    return f"{cause}: use a smaller context" if "alloc" in cause else cause
 
 
 class Llama(llama_cpp.Llama):
@@ -45,10 +46,10 @@ class Llama(llama_cpp.Llama):
 
     def __init__(self, model_path: str, *, paging: Knobs | None = None, **kwargs: Any) -> None:
         self._stack = ExitStack()  # the base class closes it even when it never opened
-        if not Path(model_path).is_file():
-            raise MonarchError(f"no model at {model_path}: give the path of a GGUF file")
         if paging is not None:
             SHIM.validate(paging)
+        if not Path(model_path).is_file():
+            raise MonarchError(f"no model at {model_path}: give the path of a GGUF file")
         self._hooks: Any = None
         self._create(str(model_path), paging, kwargs)
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models as random_models
+from monarch_llamacpp import paths
 from monarch_llamacpp.chat_commands import COMMANDS, read_text, run_command
 from monarch_llamacpp.chat_input import Entry, read_entry
 from monarch_llamacpp.chat_view import Utf8Stream, pages_picture, pages_summary
@@ -120,7 +121,7 @@ def test_pages_picture_in_color_differs_only_in_color():
 
 def test_pages_summary_gives_the_mean_of_promoted_pages():
     held = stats(n_hot=33, n_pages=120, n_promoted=25, n_layer=5, n_head_kv=2, hot_bytes=1 << 20, cold_bytes=1 << 19)
-    assert pages_summary(held, 16) == "pages 3 hot, 2.5 promoted, 120 cold | KV 1.5 MiB"
+    assert pages_summary(held, 16) == "3 hot, 2.5 promoted, 120 cold pages | KV 1.5 MiB"
 
 
 def test_commands_refuse_in_one_line():
@@ -189,6 +190,16 @@ def fake(models, stock_bin) -> Runner:
 
 
 @pytest.fixture(scope="session")
+def real(models, patched_bin) -> Runner:
+    """What users run."""
+    cache = models / "real-cache"  # the builds, but a history of its own
+    cache.mkdir()
+    for build in paths.cache_dir().glob("*-*"):
+        (cache / build.name).symlink_to(build)
+    return Runner([sys.executable, "-m", "monarch_llamacpp", "chat"], models, {"MONARCH_CACHE": str(cache)})
+
+
+@pytest.fixture(scope="session")
 def haystack(models):
     text = make_haystack(3000, 4)
     (models / "long.txt").write_text(text.text)
@@ -211,7 +222,8 @@ def test_one_prompt_answers_to_stdout_and_all_else_to_stderr(fake, haystack):
     needle = haystack.needles[1]
     result = fake.run("recall.gguf", "-f", "long.txt", "-p", question(needle))
     assert (result.returncode, result.stdout) == (0, expected(needle))
-    assert re.search(r"^\[prompt 30\d\d tokens [\d.]+ tok/s \| answer \d+ tokens .*KV 1.5 MiB\]$", result.stderr, re.M)
+    line = r"^\[prompt 30\d\d at [\d.]+ tok/s \| answer \d+ at [\d.]+ tok/s \| .*KV 1.5 MiB\]$"
+    assert re.search(line, result.stderr, re.M)
 
 
 def test_piped_text_comes_before_the_prompt(fake, haystack):
@@ -228,7 +240,7 @@ def test_a_whole_conversation_through_a_pipe(fake, haystack):
     result = fake.run("recall.gguf", stdin="\n".join(lines) + "\n")
     assert result.stdout == expected(first) + 2 * expected(second) + "unknown.\n"
     assert result.returncode == 0 and not errors(result)
-    reused = [int(n) for n in re.findall(r"\(\+ (\d+) reused\)", result.stderr)]
+    reused = [int(n) for n in re.findall(r", (\d+) reused", result.stderr)]
     assert len(reused) == 2 and min(reused) > 2900  # the long text was read once
 
 
@@ -316,6 +328,51 @@ def test_closed_output_is_no_traceback(fake):
     assert "Traceback" not in stderr and "Exception" not in stderr
 
 
+# the paged cache
+
+
+def test_paged_chat_recalls_what_left_the_hot_window(real, haystack):
+    first, second = haystack.needles[:2]
+    asked = [question(first), "/pages", "/set mode window", question(second), "/set mode exact", "/regen", "/stats"]
+    knobs = ["--mode", "paged", "--hot-window", 64, "--promote-tokens", 128, "--dense-layers", 0]
+    result = real.run("recall.gguf", *knobs, "-f", "long.txt", stdin="\n".join(asked))
+    assert (result.returncode, errors(result)) == (0, []), result.stderr
+    assert result.stdout == expected(first) + "unknown.\n" + expected(second)
+    assert re.search(r"^   0 S[.+*]{50}", result.stderr, re.M)
+    n_promoted = [int(n) for n in re.findall(r"hot, (\d+) promoted, \d+ cold pages", result.stderr)]
+    n_cold = [int(n) for n in re.findall(r"promoted, (\d+) cold pages", result.stderr)]
+    assert n_promoted[0] == 8 and n_promoted[1] == 0 and n_promoted[2] == n_cold[2] > 150
+    assert re.search(r"^mode +exact$", result.stderr, re.M)
+
+
+def test_off_is_plain_llama_cpp(real, haystack):
+    result = real.run("recall.gguf", "--mode", "off", "-f", "long.txt", "-p", question(haystack.needles[0]))
+    assert (result.returncode, result.stdout) == (0, expected(haystack.needles[0]))
+    assert result.stderr.rstrip().endswith("| paging off]")
+
+
+def test_the_model_module_is_the_same_command(real, haystack):
+    module = Runner([sys.executable, "-m", "monarch_llamacpp.chat"], real.folder, real.env)
+    result = module.run("recall.gguf", "-f", "long.txt", "-p", question(haystack.needles[0]))
+    assert (result.returncode, result.stdout) == (0, expected(haystack.needles[0]))
+
+
+def test_the_library_refuses_contradictions_before_the_model_is_read(real):
+    result = real.run("missing.gguf", "--hot-window", 16, "--page-size", 32)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "hot_window" in result.stderr
+
+
+def test_llama_class(real, haystack):
+    result = subprocess.run(
+        [sys.executable, str(TESTS / "child_chat_llama.py"), str(real.folder)],
+        capture_output=True, text=True, timeout=PATIENCE, env=real.env,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("exception ignored in hook on_page_out:") > 0
+    assert "ZeroDivisionError" in result.stderr
+
+
 # a terminal
 
 
@@ -367,10 +424,12 @@ def terminal(runner: Runner, model: str, *args: object) -> Terminal:
     return child
 
 
-def test_interrupt_stops_a_long_prompt_and_what_was_read_stays(fake, models):
+@pytest.mark.parametrize("runner", ["fake", "real"])
+def test_interrupt_stops_a_long_prompt_and_what_was_read_stays(runner, models, request):
+    runner = request.getfixturevalue(runner)
     haystack = make_haystack(12000, 2)
     (models / "longer.txt").write_text(haystack.text)
-    child = terminal(fake, "recall.gguf", "-f", models / "longer.txt")
+    child = terminal(runner, "recall.gguf", "-f", models / "longer.txt")
     child.type(question(haystack.needles[0]) + "\n")
     child.wait_for(r"reading the prompt: [1-9]\d* of \d+ tokens")
     child.type(INTERRUPT)
@@ -379,9 +438,9 @@ def test_interrupt_stops_a_long_prompt_and_what_was_read_stays(fake, models):
     assert 0 < n_read < len(haystack.tokens)
     child.wait_for(PROMPT)
     child.type(question(haystack.needles[0]) + "\n")
-    answer = child.wait_for(r"\(\+ \d+ reused\)")
+    answer = child.wait_for(r", \d+ reused")
     assert expected(haystack.needles[0]).strip() in answer
-    assert int(re.search(r"\+ (\d+) reused", answer)[1]) == n_read
+    assert int(re.search(r", (\d+) reused", answer)[1]) == n_read
     child.wait_for(PROMPT)
     child.type("/exit\n")
     assert child.status() == 0
@@ -392,7 +451,7 @@ def test_interrupt_stops_an_answer_and_twice_leaves(fake):
     child.type("AAAA\n")
     child.wait_for(r"AAAA\r\n[^\[]{40}")
     child.type(INTERRUPT)
-    child.wait_for(r"\[prompt \d+ tokens .*answer \d+ tokens")
+    child.wait_for(r"\[prompt \d+ at .*answer \d+ at ")
     child.wait_for(PROMPT)
     child.type(INTERRUPT)
     assert child.status() == 130

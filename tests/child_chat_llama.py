@@ -1,0 +1,85 @@
+"""monarch_llamacpp.Llama as a program uses it. Argument: the folder of recall.gguf and long.txt."""
+
+import os
+import sys
+from pathlib import Path
+
+import monarch_llamacpp
+
+assert "llama_cpp" not in sys.modules, "importing the package loads the library"
+
+from monarch_llamacpp import Knobs, Llama  # noqa: E402
+from monarch_llamacpp.errors import MonarchError, UsageError  # noqa: E402
+from monarch_llamacpp.knobs import specs  # noqa: E402
+from monarch_llamacpp.llama import SHIM  # noqa: E402
+
+FOLDER = Path(sys.argv[1])
+OPTIONS = {"n_ctx": 4096, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+KNOBS = Knobs(mode="paged", hot_window=64, promote_tokens=128, dense_layers=0, promotion_threshold=0.01)
+
+
+def refused(kind: type, call) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError("was not refused")
+
+
+def check_defaults() -> None:
+    struct = SHIM._new("struct monarch_knobs")
+    assert SHIM._lib.monarch_knobs_default(struct) == 0
+    SHIM.set_pending(None)
+    llm = Llama(str(FOLDER / "recall.gguf"), paging=Knobs(), **OPTIONS)
+    assert llm.knobs() == Knobs()
+    for name, spec in specs().items():
+        value = getattr(struct, name)
+        assert (spec.choices[value] if spec.type is str else round(value, 6)) == spec.default, name
+
+
+def check_paging(llm: Llama) -> None:
+    assert llm.knobs() == KNOBS
+    promoted, broken = [], []
+    llm.set_hooks(on_promote=promoted.append, on_page_out=lambda event: broken.append(event) or 1 / 0)
+    llm.eval(llm.tokenize((FOLDER / "long.txt").read_bytes(), special=True))
+    stats, pages = llm.stats(), llm.pages()
+    assert stats.n_tokens == llm.n_tokens > 2900 and stats.mode == "paged"
+    assert stats.n_pages == len(pages) == stats.n_page_outs > 150
+    assert stats.n_cold == sum(page.n_tokens for page in pages)
+    assert len(broken) == stats.n_page_outs and len(promoted) == stats.n_promotions > 0
+    assert {(event.layer, event.n_tokens) for event in broken} == {(-1, 16)}
+    assert all(0 <= event.layer < 2 and event.head_kv == 0 for event in promoted)
+
+
+def check_hooks_end(llm: Llama) -> None:
+    seen = []
+    llm.set_hooks(on_promote=seen.append)
+    llm.set_hooks()
+    llm.eval([5] * 64)
+    assert seen == []
+
+
+def check_knobs(llm: Llama) -> None:
+    llm.set_knob("mode", "exact")
+    llm.set_knob("promote_tokens", "64")
+    assert llm.knobs() == KNOBS.replace(mode="exact", promote_tokens=64)
+    assert "needs a new context" in refused(UsageError, lambda: llm.set_knob("page_size", 8))
+    assert "mode" in refused(UsageError, lambda: llm.set_knob("mode", "slow"))
+
+
+def check_environment() -> None:
+    os.environ["MONARCH_MODE"] = "window"
+    os.environ["MONARCH_HOT_WINDOW"] = "128"
+    chosen = Llama(str(FOLDER / "recall.gguf"), **OPTIONS).knobs()
+    assert (chosen.mode, chosen.hot_window) == ("window", 128)
+    off = Llama(str(FOLDER / "recall.gguf"), paging=Knobs(mode="off"), **OPTIONS)
+    assert refused(MonarchError, off.stats)
+
+
+check_defaults()
+model = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
+check_paging(model)
+check_hooks_end(model)
+check_knobs(model)
+check_environment()
+assert monarch_llamacpp.Llama is Llama
