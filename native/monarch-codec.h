@@ -1,0 +1,99 @@
+#pragma once
+
+// Cold records: K and V of one page and one KV head as staggered polar codes.
+//
+// A record is one head vector: rotated (sign flips, then a Walsh-Hadamard transform over the largest power of two that
+// fits, then both again over the last values where some are left), cut into pairs, each pair coded as (radius ring, angle bin) with the angle grid of odd rings
+// turned by half a step, and one f16 scale. `bits` per value: 2, 3 or 4; 16 stores plain f16, unrotated, for tests.
+// A code has 2*bits bits, ring << bits | angle, and stands for scale*ring radius*(cos, sin); its low bits + 1 bits index
+// the cosine and sine tables. docs/codec.md has the errors and what odd input does.
+//
+// A page block holds the page_size records of K and of V, in the order that the kernels read:
+//
+//   K codes     pair-major:  pair 0 of all tokens, pair 1 of all tokens, ...
+//   K residual  value-major: page_size bits per value, token 0 lowest, set: subtract the step (only with residual_k)
+//   V codes     token-major: all pairs of token 0, all pairs of token 1, ...
+//   K scales    f16 [page_size]
+//   K steps     f16 [page_size] (only with residual_k)
+//   V scales    f16 [page_size]
+//
+// A run of codes of n pairs ("all tokens of a pair" in K, "all pairs of a token" in V) takes
+//   4 bits: n bytes          ring << 4 | angle
+//   2 bits: n/2 bytes        two codes of 4 bits, the even one in the low nibble
+//   3 bits: n/2 + n/4 bytes  low nibbles as with 2 bits, then the two high bits, four to a byte, lowest first
+//  16 bits: both K and V are f16 [page_size][head_dim] in place of their codes; no residual, no scales
+// Decoding gives rotated values: attention rotates q once and turns the result back once.
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "monarch-export.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MONARCH_MAX_HEAD_DIM  256
+#define MONARCH_MAX_PAGE_SIZE 32
+
+struct monarch_codec {
+    int32_t head_dim;   // multiple of 16, at most MONARCH_MAX_HEAD_DIM
+    int32_t page_size;  // 8, 16 or 32 tokens
+    int32_t bits_k;     // 2, 3, 4 or 16
+    int32_t bits_v;
+    int32_t residual_k; // 0 or 1
+};
+
+static inline size_t monarch_record_size(int32_t head_dim, int32_t bits, int32_t residual) {
+    if (bits == 16) {
+        return (size_t) head_dim*2;
+    }
+    return (size_t) head_dim*bits/8 + 2 + (residual ? head_dim/8 + 2 : 0);
+}
+
+// bytes of one page of one KV head, K and V
+static inline size_t monarch_codec_block_size(const struct monarch_codec * codec) {
+    return codec->page_size*(
+        monarch_record_size(codec->head_dim, codec->bits_k, codec->residual_k) +
+        monarch_record_size(codec->head_dim, codec->bits_v, 0));
+}
+
+// where the parts of a block start, in bytes; absent parts are empty
+struct monarch_codec_layout {
+    size_t k_codes;
+    size_t k_residual;
+    size_t v_codes;
+    size_t k_scales;
+    size_t k_steps;
+    size_t v_scales;
+};
+
+static inline struct monarch_codec_layout monarch_codec_get_layout(const struct monarch_codec * codec) {
+    const size_t  n_values = (size_t) codec->page_size*codec->head_dim;
+    const size_t  n_scales = (size_t) codec->page_size*2;
+    const int32_t residual = codec->residual_k && codec->bits_k != 16;
+
+    struct monarch_codec_layout layout;
+    layout.k_codes    = 0;
+    layout.k_residual = layout.k_codes    + n_values*codec->bits_k/8;
+    layout.v_codes    = layout.k_residual + (residual ? n_values/8 : 0);
+    layout.k_scales   = layout.v_codes    + n_values*codec->bits_v/8;
+    layout.k_steps    = layout.k_scales   + (codec->bits_k != 16 ? n_scales : 0);
+    layout.v_scales   = layout.k_steps    + (residual ? n_scales : 0);
+    return layout;
+}
+
+// x: [head_dim], in place; nothing to do for 16 bits
+MONARCH_API void monarch_codec_rotate  (int32_t head_dim, float * x);
+MONARCH_API void monarch_codec_unrotate(int32_t head_dim, float * x);
+
+// k, v: [page_size][head_dim], unrotated; dst: one block
+MONARCH_API void monarch_codec_encode_page(const struct monarch_codec * codec, const float * k, const float * v, uint8_t * dst);
+
+// k, v: [page_size][head_dim], rotated (unless 16 bits)
+MONARCH_API void monarch_codec_decode_page_k(const struct monarch_codec * codec, const uint8_t * src, float * k);
+MONARCH_API void monarch_codec_decode_page_v(const struct monarch_codec * codec, const uint8_t * src, float * v);
+
+#ifdef __cplusplus
+}
+#endif

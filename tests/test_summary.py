@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_codec import BUILDS, SCORERS, native_codec
+from test_codec import HEAD_DIMS, ODD_VALUES, gaussian
+
+from monarch_llamacpp import codec
+
+seeds = st.integers(0, 2**32 - 1)
+head_dims = st.sampled_from(HEAD_DIMS)
+token_counts = st.integers(1, 32)
+
+
+def keys(seed: int, n_tokens: int, head_dim: int, odd_share: float = 0.0) -> np.ndarray:
+    """Keys whose dimensions differ in size and offset, as real ones do."""
+    rng = np.random.default_rng(seed)
+    size, offset = 10.0 ** rng.uniform(-4, 3, 2)
+    x = gaussian(seed, n_tokens, head_dim) * rng.gamma(0.5, size, head_dim) + rng.normal(0, offset, head_dim)
+    return np.where(rng.random(x.shape) < odd_share, rng.choice(ODD_VALUES, x.shape), x).astype(np.float32)
+
+
+def query(seed: int, head_dim: int) -> np.ndarray:
+    return gaussian(seed ^ 1, head_dim)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    scorer=st.sampled_from(SCORERS),
+    seed=seeds,
+    n_tokens=token_counts,
+    head_dim=head_dims,
+    odd_share=st.sampled_from([0, 0.1]),
+    build=st.sampled_from(list(BUILDS)),
+)
+def test_c_and_numpy_agree_to_the_byte(scorer, seed, n_tokens, head_dim, odd_share, build):
+    native = native_codec(build)
+    k, q = keys(seed, n_tokens, head_dim, odd_share), query(seed, head_dim)
+    summary = codec.encode_summary(scorer, k)
+    assert native.encode_summary(scorer, k) == summary
+    assert len(summary) == 8 + 2 * head_dim
+
+    weights = codec.summary_query(scorer, q)
+    np.testing.assert_array_equal(native.summary_query(scorer, q), weights)
+    assert native.summary_score(weights, summary) == codec.summary_score(weights, summary)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=seeds, n_tokens=token_counts, head_dim=head_dims, odd_share=st.sampled_from([0, 0.1]))
+def test_minmax_bounds_every_value_and_every_logit(seed, n_tokens, head_dim, odd_share):
+    k, q = codec.finite(keys(seed, n_tokens, head_dim, odd_share)), query(seed, head_dim)
+    summary = codec.encode_summary("minmax", k)
+    low, high = codec.decode_summary(summary)
+    assert (low <= k.min(0)).all() and (high >= k.max(0)).all()
+
+    weights = codec.summary_query("minmax", q)
+    score = native_codec("native").summary_score(weights, summary)
+    rounding = 1e-6 * float(np.abs(weights) @ np.abs([low, high]).ravel())
+    assert score >= (k.astype(np.float64) @ q.astype(np.float64)).max() - rounding
+
+
+@settings(max_examples=100, deadline=None)
+@given(scorer=st.sampled_from(SCORERS), seed=seeds, n_tokens=token_counts, head_dim=head_dims)
+def test_a_stored_statistic_is_within_one_step(scorer, seed, n_tokens, head_dim):
+    k = keys(seed, n_tokens, head_dim).astype(np.float64)
+    exact = [k.min(0), k.max(0)] if scorer == "minmax" else [k.mean(0), k.std(0)]
+    for value, stored in zip(exact, codec.decode_summary(codec.encode_summary(scorer, k)), strict=True):
+        step = np.ptp(value) / 255 + 2**-24  # f16 offset and step widen the range a little
+        step += np.abs(value).max() * 2**-10 / 255
+        steps = 1 if scorer == "minmax" else 0.5
+        assert np.abs(stored - value).max() <= 1.01 * steps * step + 1e-6 * np.abs(k).max()
+
+
+def test_scores_are_what_they_are_called():
+    k, q = keys(1, 16, 64), query(1, 64)
+    low, high = codec.decode_summary(codec.encode_summary("minmax", k))
+    score = codec.summary_score(codec.summary_query("minmax", q), codec.encode_summary("minmax", k))
+    assert score == pytest.approx(np.maximum(q * low, q * high).sum(), rel=1e-5)
+
+    mean, std = codec.decode_summary(codec.encode_summary("meanstd", k))
+    score = codec.summary_score(codec.summary_query("meanstd", q), codec.encode_summary("meanstd", k))
+    weight = codec.constants()["MONARCH_MEANSTD_WEIGHT"][0]
+    assert score == pytest.approx(q @ mean + weight * (np.abs(q) @ std), rel=1e-5)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_equal_keys_score_as_one(scorer):
+    k = np.tile(gaussian(2, 1, 64), (16, 1))
+    q = query(2, 64)
+    score = codec.summary_score(codec.summary_query(scorer, q), codec.encode_summary(scorer, k))
+    assert score == pytest.approx(float(k[0] @ q), abs=0.02 * float(np.abs(k[0]) @ np.abs(q)))
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_odd_values_leave_scores_finite(scorer, value):
+    native = native_codec("native")
+    k, q = gaussian(3, 16, 64), query(3, 64)
+    k[4, 7] = q[9] = value
+    k[5] = value
+    assert np.isfinite(native.summary_score(native.summary_query(scorer, q), native.encode_summary(scorer, k)))
+    np.testing.assert_array_equal(
+        np.frombuffer(native.encode_summary(scorer, k), np.uint8),
+        np.frombuffer(native.encode_summary(scorer, codec.finite(k)), np.uint8),
+    )
