@@ -3,10 +3,11 @@
 // Cold records: K and V of one page and one KV head as staggered polar codes.
 //
 // A record is one head vector: rotated (sign flips, then a Walsh-Hadamard transform over the largest power of two that
-// fits, then both again over the last values where some are left), cut into pairs, each pair coded as (radius ring, angle bin) with the angle grid of odd rings
-// turned by half a step, and one f16 scale. `bits` per value: 2, 3 or 4; 16 stores plain f16, unrotated, for tests.
-// A code has 2*bits bits, ring << bits | angle, and stands for scale*ring radius*(cos, sin); its low bits + 1 bits index
-// the cosine and sine tables. docs/codec.md has the errors and what odd input does.
+// fits, then both again over the last values where some are left), cut into pairs, each pair coded as (radius ring, angle
+// bin) with the angle grid of odd rings turned by half a step, and one f16 scale. `bits` per value: 2, 3 or 4; 16 stores
+// plain f16, unrotated, for tests.
+// A code has 2*bits bits, ring << bits | angle, and stands for scale*radius*(cosine, sine); its bits + 1 low bits index the
+// tables of cosines and sines. docs/codec.md has the errors and what odd input does.
 //
 // A page block holds the page_size records of K and of V, in the order that the kernels read:
 //
