@@ -34,6 +34,8 @@ from .errors import UsageError
 from .recall_text import make_haystack
 from .recall_vocab import BOS, CODE_DIM, COMMON_WEIGHT, EOS, STOP, UNKNOWN, Token, codes, random_signs, spell, tokens
 
+MODEL_NAME = "monarch recall"  # by which `ab` knows it
+
 CONTEXT_LENGTH = 32768
 
 N_EMBD = 256
@@ -104,7 +106,7 @@ def _write_gguf(path: Path, n_head: int, n_head_kv: int, context_length: int) ->
 
 
 def _add_hparams(writer, n_head: int, n_head_kv: int, context_length: int) -> None:
-    writer.add_name("monarch recall")
+    writer.add_name(MODEL_NAME)
     writer.add_block_count(2)
     writer.add_context_length(context_length)
     writer.add_embedding_length(N_EMBD)
