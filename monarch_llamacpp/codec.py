@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -16,13 +16,13 @@ F16_MAX = np.float32(np.finfo(np.float16).max)
 N_LANES = 8
 BITS = (2, 3, 4)
 
-_NUMBER = r"-?[0-9][0-9.e+-]*f"
+_NUMBER = r"-?[0-9][0-9.e+-]*f?"
 _DEFINE = re.compile(rf"^#define (MONARCH_\w+) +({_NUMBER}(?:, *{_NUMBER})*)$", re.MULTILINE)
 
 
 @lru_cache
 def constants() -> dict[str, np.ndarray]:
-    """Every table of float literals that the C headers define."""
+    """Every table of numbers that the C headers define."""
     found = {}
     for header in ("monarch-codec-tables.h", "monarch-summary.h"):
         for name, numbers in _DEFINE.findall((native_dir() / header).read_text(encoding="utf-8")):
@@ -34,21 +34,24 @@ def constants() -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Polar:
-    """The points of one code: 2**bits rings, each with 2**bits angles; those of odd rings lie half a step further."""
+    """One code: 2**bits rings, each with 2**bits angles; those of odd rings lie half a step further."""
 
     bits: int
     radius: np.ndarray
     cosine: np.ndarray  # of even rings, then of odd rings
     sine: np.ndarray
+    unit: np.float32
 
-    def find_angles(self, pairs: np.ndarray, parity: int) -> tuple[np.ndarray, np.ndarray]:
+    def find_angles(self, x: np.ndarray, y: np.ndarray, parity: int) -> tuple[np.ndarray, np.ndarray]:
         """The direction of one parity with the greatest dot product: that product, and the index of the angle."""
-        first = parity << self.bits
-        cosine = self.cosine[first : first + (1 << self.bits)]
-        sine = self.sine[first : first + (1 << self.bits)]
-        dots = pairs[..., :1] * cosine + pairs[..., 1:] * sine
+        n = 1 << self.bits
+        quadrant = slice(parity * n, parity * n + n // 4 + 1 - parity)
+        dots = np.abs(x)[..., None] * self.cosine[quadrant] + np.abs(y)[..., None] * self.sine[quadrant]
         index = dots.argmax(-1)
-        return np.take_along_axis(dots, index[..., None], -1)[..., 0], index
+        best = np.take_along_axis(dots, index[..., None], -1)[..., 0]
+        index = np.where(x < 0, n // 2 - parity - index, index)
+        index = np.where(y < 0, n - parity - index, index)
+        return best, index & (n - 1)
 
     def find_rings(self, even: np.ndarray, odd: np.ndarray) -> np.ndarray:
         """The rings with the least error, given dot products divided by the scale."""
@@ -63,18 +66,30 @@ class Polar:
         middle = np.float32(0.5) * (radius[:-1] + radius[1:])
         return 2 * np.searchsorted(middle, distance, side="left") + parity
 
-    def points(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Codes [..., n_pairs] and scales [...] as values [..., 2 n_pairs]."""
+    @cached_property
+    def point_table(self) -> np.ndarray:
+        """The integer points of every code: x, y."""
+        codes = np.arange(1 << 2 * self.bits)
         direction = codes & ((2 << self.bits) - 1)
-        radius = scale[..., None] * self.radius[codes >> self.bits]
-        pairs = np.stack([radius * self.cosine[direction], radius * self.sine[direction]], -1)
-        return pairs.reshape(*codes.shape[:-1], -1)
+        radius = self.radius[codes >> self.bits]
+        points = [radius * self.cosine[direction] * self.unit, radius * self.sine[direction] * self.unit]
+        return np.rint(points).astype(np.int8)
+
+    def points(self, codes: np.ndarray) -> np.ndarray:
+        """Codes [..., n_pairs] as integer points [..., 2 n_pairs], the x of all pairs first."""
+        x, y = self.point_table
+        return np.concatenate([x[codes], y[codes]], -1)
+
+    def decode(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Codes [..., n_pairs] and f16 scales [...] as values [..., 2 n_pairs]."""
+        return scale.astype(np.float32)[..., None] * self.points(codes).astype(np.float32)
 
 
 @lru_cache
 def polar(bits: int) -> Polar:
     tables = constants()
-    return Polar(bits, *(tables[f"MONARCH_{name}_{bits}"] for name in ("RADIUS", "COSINE", "SINE")))
+    rings = (tables[f"MONARCH_{name}_{bits}"] for name in ("RADIUS", "COSINE", "SINE"))
+    return Polar(bits, *rings, tables[f"MONARCH_UNIT_{bits}"][0])
 
 
 def finite(x: np.ndarray) -> np.ndarray:
@@ -152,7 +167,7 @@ class Records:
 
     def decode(self) -> np.ndarray:
         """Rotated values."""
-        x = polar(self.bits).points(self.codes, self.scale.astype(np.float32))
+        x = polar(self.bits).decode(self.codes, self.scale)
         if self.step is None:
             return x
         step = self.step.astype(np.float32)[..., None]
@@ -177,19 +192,31 @@ def _find_scale(code: Polar, even: np.ndarray, odd: np.ndarray, rms: np.ndarray)
     return (np.take_along_axis(dots, best, -1) / np.take_along_axis(norms, best, -1))[..., 0]
 
 
+def _fit_scale(code: Polar, x: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The integer points are not quite the polar ones, so their scale is fitted by itself."""
+    points = code.points(codes)
+    products = x * points.astype(np.float32)
+    n_pairs = codes.shape[-1]
+    dots = sum_of_lanes(products[..., :n_pairs] + products[..., n_pairs:])
+    return dots / np.square(points, dtype=np.int32).sum(-1).astype(np.float32)
+
+
 def encode_rotated(code: Polar, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes and f16 scales of finite, rotated vectors."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    even, index_even = code.find_angles(pairs, 0)
-    odd, index_odd = code.find_angles(pairs, 1)
+    halves = np.split(x, 2, -1)
+    even, index_even = code.find_angles(*halves, 0)
+    odd, index_odd = code.find_angles(*halves, 1)
+
+    def find_codes(scale: np.ndarray) -> np.ndarray:
+        inverse = np.float32(1) / np.where(scale, scale, np.float32(1))[..., None]
+        ring = code.find_rings(even * inverse, odd * inverse)
+        return ring << code.bits | np.where(ring & 1, index_odd, index_even)
 
     rms = np.sqrt(sum_of_lanes(x * x) / np.float32(x.shape[-1]))
-    rms = np.maximum(rms, constants()["MONARCH_LEAST_RMS"][0])
-    scale = _to_f16(_find_scale(code, even, odd, rms))
-
-    inverse = np.float32(1) / np.where(scale, scale.astype(np.float32), np.float32(1))[..., None]
-    ring = code.find_rings(even * inverse, odd * inverse)
-    codes = ring << code.bits | np.where(ring & 1, index_odd, index_even)
+    least = constants()["MONARCH_LEAST_RMS"][0]
+    codes = find_codes(_find_scale(code, even, odd, np.maximum(rms, least)))
+    scale = np.where(rms >= least, _fit_scale(code, x, codes), 0).astype(np.float16)
+    codes = find_codes(scale.astype(np.float32) * code.unit)
     return np.where(scale[..., None] != 0, codes, 0).astype(np.uint8), scale
 
 
@@ -201,32 +228,43 @@ def encode(x: np.ndarray, bits: int, residual: bool = False) -> Records:
     if not residual:
         return records
     rest = np.where(scale[..., None] != 0, rotated - records.decode(), np.float32(0))
-    step = _to_f16(sum_of_lanes(np.abs(rest)) / np.float32(x.shape[-1]))
+    step = (sum_of_lanes(np.abs(rest)) / np.float32(x.shape[-1])).astype(np.float16)
     return Records(bits, codes, scale, rest < 0, step)
 
 
 # pages
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Runs of n codes [..., n] as bytes."""
+def pack_codes(codes: np.ndarray, bits: int) -> bytes:
+    """Codes in the order of the page, in chunks of 64."""
+    chunks = codes.reshape(-1, 64)
     if bits == 4:
-        return codes
-    low = (codes & 15)[..., 0::2] | (codes & 15)[..., 1::2] << 4
-    if bits == 2:
-        return low
-    high = sum((codes >> 4)[..., i::4] << 2 * i for i in range(4))
-    return np.concatenate([low, high.astype(np.uint8)], -1)
+        return chunks.tobytes()
+    low, high = chunks & 15, chunks >> 4
+    parts = [low[:, :32] | low[:, 32:] << 4]
+    if bits == 3:
+        parts.append(high[:, :16] | high[:, 16:32] << 2 | high[:, 32:48] << 4 | high[:, 48:] << 6)
+    return np.concatenate(parts, -1).tobytes()
 
 
-def unpack_codes(runs: np.ndarray, bits: int, n: int) -> np.ndarray:
+def unpack_codes(packed: np.ndarray, bits: int) -> np.ndarray:
+    chunks = packed.reshape(-1, 16 * bits)
     if bits == 4:
-        return runs
-    low = np.stack([runs[..., : n // 2] & 15, runs[..., : n // 2] >> 4], -1).reshape(*runs.shape[:-1], n)
-    if bits == 2:
-        return low
-    high = np.stack([runs[..., n // 2 :] >> 2 * i & 3 for i in range(4)], -1).reshape(*runs.shape[:-1], n)
-    return low | high << 4
+        return chunks.ravel()
+    codes = np.concatenate([chunks[:, :32] & 15, chunks[:, :32] >> 4], -1)
+    if bits == 3:
+        codes |= np.concatenate([(chunks[:, 32:] >> shift & 3) << 4 for shift in (0, 2, 4, 6)], -1)
+    return codes.ravel()
+
+
+def in_quads(codes: np.ndarray) -> np.ndarray:
+    """[n, m] with the n in fours, and within each four the m outermost: the order of V codes, of K codes transposed."""
+    n, m = codes.shape
+    return codes.reshape(n // 4, 4, m).transpose(0, 2, 1).ravel()
+
+
+def from_quads(codes: np.ndarray, n: int) -> np.ndarray:
+    return codes.reshape(n // 4, -1, 4).transpose(0, 2, 1).reshape(n, -1)
 
 
 @dataclass(frozen=True)
@@ -265,7 +303,7 @@ class Codec:
         if self.bits_k == 16:
             return _to_f16(k).tobytes(), b"", b"", b""
         records = encode(k, self.bits_k, self.residual_k)
-        codes = pack_codes(records.codes.T, self.bits_k).tobytes()
+        codes = pack_codes(in_quads(records.codes.T), self.bits_k)
         if records.step is None:
             return codes, b"", records.scale.tobytes(), b""
         residual = np.packbits(records.negative.T, axis=-1, bitorder="little")
@@ -275,13 +313,13 @@ class Codec:
         if self.bits_v == 16:
             return _to_f16(v).tobytes(), b""
         records = encode(v, self.bits_v)
-        return pack_codes(records.codes, self.bits_v).tobytes(), records.scale.tobytes()
+        return pack_codes(in_quads(records.codes), self.bits_v), records.scale.tobytes()
 
     def decode_page_k(self, block: bytes) -> np.ndarray:
         codes, residual, _, scales, steps, _ = self._parts(block)
         if self.bits_k == 16:
             return codes.view(np.float16).reshape(self.page_size, -1).astype(np.float32)
-        codes = unpack_codes(codes.reshape(self.head_dim // 2, -1), self.bits_k, self.page_size).T
+        codes = from_quads(unpack_codes(codes, self.bits_k), self.head_dim // 2).T
         if not self.residual_k:
             return Records(self.bits_k, codes, scales.view(np.float16)).decode()
         negative = np.unpackbits(residual.reshape(self.head_dim, -1), axis=-1, bitorder="little").T
@@ -291,7 +329,7 @@ class Codec:
         _, _, codes, _, _, scales = self._parts(block)
         if self.bits_v == 16:
             return codes.view(np.float16).reshape(self.page_size, -1).astype(np.float32)
-        codes = unpack_codes(codes.reshape(self.page_size, -1), self.bits_v, self.head_dim // 2)
+        codes = from_quads(unpack_codes(codes, self.bits_v), self.page_size)
         return Records(self.bits_v, codes, scales.view(np.float16)).decode()
 
 
@@ -337,13 +375,21 @@ def _mean_std(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_summary(scorer: str, k: np.ndarray) -> bytes:
-    """k: [n_tokens, head_dim], not rotated; scorer: minmax or meanstd."""
+    """One page by itself, offsets and steps, then values. k: [n_tokens, head_dim], not rotated."""
     x = finite(k)
     if scorer == "minmax":
         halves = [_encode_half(x.min(0), np.floor), _encode_half(x.max(0), np.ceil)]
     else:
         halves = [_encode_half(half, np.rint) for half in _mean_std(x)]
     return b"".join(head for head, _ in halves) + b"".join(codes for _, codes in halves)
+
+
+def interleave_summaries(summaries: list[bytes]) -> bytes:
+    """The pages of a group as one block."""
+    pages = np.array([np.frombuffer(summary, np.uint8) for summary in summaries])
+    heads = pages[:, :8].copy().view(np.float16).T
+    quads = pages[:, 8:].reshape(len(pages), -1, 4).transpose(1, 0, 2)
+    return heads.tobytes() + quads.tobytes()
 
 
 def decode_summary(summary: bytes) -> np.ndarray:

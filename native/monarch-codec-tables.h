@@ -3,21 +3,25 @@
 // Points of the polar codes: one table to a line, read by monarch_llamacpp/codec.py too.
 // RADIUS: trained by scripts/train_codec_rings.py, for values of unit variance
 // COSINE, SINE: the angles of even rings, then those of odd rings
+// UNIT: makes the greatest coordinate of the integer points 127; set by that script too
 
 #define MONARCH_RADIUS_4 0.222080f, 0.448312f, 0.643515f, 0.809805f, 0.948501f, 1.082072f, 1.218693f, 1.351225f, 1.496701f, 1.639780f, 1.802910f, 1.963899f, 2.175311f, 2.360116f, 2.694147f, 2.933113f
 #define MONARCH_COSINE_4 1.0f, 0.923879504f, 0.707106769f, 0.382683426f, 0.0f, -0.382683426f, -0.707106769f, -0.923879504f, -1.0f, -0.923879504f, -0.707106769f, -0.382683426f, 0.0f, 0.382683426f, 0.707106769f, 0.923879504f, 0.980785251f, 0.831469595f, 0.555570245f, 0.195090324f, -0.195090324f, -0.555570245f, -0.831469595f, -0.980785251f, -0.980785251f, -0.831469595f, -0.555570245f, -0.195090324f, 0.195090324f, 0.555570245f, 0.831469595f, 0.980785251f
 #define MONARCH_SINE_4   0.0f, 0.382683426f, 0.707106769f, 0.923879504f, 1.0f, 0.923879504f, 0.707106769f, 0.382683426f, 0.0f, -0.382683426f, -0.707106769f, -0.923879504f, -1.0f, -0.923879504f, -0.707106769f, -0.382683426f, 0.195090324f, 0.555570245f, 0.831469595f, 0.980785251f, 0.980785251f, 0.831469595f, 0.555570245f, 0.195090324f, -0.195090324f, -0.555570245f, -0.831469595f, -0.980785251f, -0.980785251f, -0.831469595f, -0.555570245f, -0.195090324f
+#define MONARCH_UNIT_4   44.146980f
 
 #define MONARCH_RADIUS_3 0.360720f, 0.728266f, 1.030005f, 1.257119f, 1.585817f, 1.831150f, 2.358508f, 2.629234f
 #define MONARCH_COSINE_3 1.0f, 0.707106769f, 0.0f, -0.707106769f, -1.0f, -0.707106769f, 0.0f, 0.707106769f, 0.923879504f, 0.382683426f, -0.382683426f, -0.923879504f, -0.923879504f, -0.382683426f, 0.382683426f, 0.923879504f
 #define MONARCH_SINE_3   0.0f, 0.707106769f, 1.0f, 0.707106769f, 0.0f, -0.707106769f, -1.0f, -0.707106769f, 0.382683426f, 0.923879504f, 0.923879504f, 0.382683426f, -0.382683426f, -0.923879504f, -0.923879504f, -0.382683426f
+#define MONARCH_UNIT_3   52.282837f
 
 #define MONARCH_RADIUS_2 0.608302f, 1.182716f, 1.817902f, 2.210201f
 #define MONARCH_COSINE_2 1.0f, 0.0f, -1.0f, 0.0f, 0.707106769f, -0.707106769f, -0.707106769f, 0.707106769f
 #define MONARCH_SINE_2   0.0f, 1.0f, 0.0f, -1.0f, 0.707106769f, 0.707106769f, -0.707106769f, -0.707106769f
+#define MONARCH_UNIT_2   69.860756f
 
 // scales tried, as multiples of the root mean square; the far ones make encoding what was decoded change nothing
 #define MONARCH_SCALE_FACTORS 0.76f, 0.80f, 0.84f, 0.88f, 0.92f, 0.96f, 1.00f, 1.04f, 1.08f, 1.12f, 1.16f, 1.20f, 1.28f, 1.40f, 1.54f, 1.70f
 
-// half of the least f16: a smaller scale is zero
-#define MONARCH_LEAST_RMS 2.98023224e-08f
+// the scale of a smaller record is zero as f16, whatever its codes: no pair has a point nearer than 9 units to zero
+#define MONARCH_LEAST_RMS 1.8e-07f

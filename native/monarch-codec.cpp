@@ -7,11 +7,15 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 // The numpy reference in monarch_llamacpp/codec.py gives the same bytes: every sum has a fixed order, ties go to the lower
 // index, and this file is compiled with -ffp-contract=off and without -ffast-math.
 
-#define MAX_PAIRS (MONARCH_MAX_HEAD_DIM/2)
-#define N_LANES   8
+#define MAX_PAIRS  (MONARCH_MAX_HEAD_DIM/2)
+#define MAX_CODES  (MONARCH_MAX_PAGE_SIZE*MAX_PAIRS)
+#define CHUNK_SIZE 64 // codes that are packed together
+#define N_LANES    8
 
 static const float scale_factors[] = { MONARCH_SCALE_FACTORS };
 
@@ -20,18 +24,21 @@ static const float scale_factors[] = { MONARCH_SCALE_FACTORS };
 template <int bits> struct polar;
 
 template <> struct polar<2> {
+    static constexpr float unit = MONARCH_UNIT_2;
     static constexpr float radius[ 4] = { MONARCH_RADIUS_2 };
     static constexpr float cosine[ 8] = { MONARCH_COSINE_2 };
     static constexpr float sine  [ 8] = { MONARCH_SINE_2   };
 };
 
 template <> struct polar<3> {
+    static constexpr float unit = MONARCH_UNIT_3;
     static constexpr float radius[ 8] = { MONARCH_RADIUS_3 };
     static constexpr float cosine[16] = { MONARCH_COSINE_3 };
     static constexpr float sine  [16] = { MONARCH_SINE_3   };
 };
 
 template <> struct polar<4> {
+    static constexpr float unit = MONARCH_UNIT_4;
     static constexpr float radius[16] = { MONARCH_RADIUS_4 };
     static constexpr float cosine[32] = { MONARCH_COSINE_4 };
     static constexpr float sine  [32] = { MONARCH_SINE_4   };
@@ -73,20 +80,29 @@ static void flip_signs(uint32_t first, int32_t n, float * x) {
     }
 }
 
+// transforms the lowest bit of the index and makes it the highest
+static void walsh_hadamard_stage(int32_t half, const float * __restrict src, float * __restrict dst) {
+    for (int32_t i = 0; i < half; ++i) {
+        const float a = src[2*i + 0];
+        const float b = src[2*i + 1];
+        dst[i]        = a + b;
+        dst[i + half] = a - b;
+    }
+}
+
+// one stage for every bit of the index, after which the bits are in order again
 static void walsh_hadamard(int32_t n, float * x) {
-    for (int32_t half = 1; half < n; half *= 2) {
-        for (int32_t i = 0; i < n; i += 2*half) {
-            for (int32_t j = i; j < i + half; ++j) {
-                const float a = x[j];
-                const float b = x[j + half];
-                x[j]        = a + b;
-                x[j + half] = a - b;
-            }
-        }
+    float buffer[MONARCH_MAX_HEAD_DIM];
+
+    float * src = x;
+    float * dst = buffer;
+    for (int32_t size = 1; size < n; size *= 2) {
+        walsh_hadamard_stage(n/2, src, dst);
+        std::swap(src, dst);
     }
     const float scale = 1.0f/sqrtf((float) n);
     for (int32_t i = 0; i < n; ++i) {
-        x[i] *= scale;
+        x[i] = src[i]*scale;
     }
 }
 
@@ -113,22 +129,67 @@ void monarch_codec_unrotate(int32_t head_dim, float * x) {
 }
 
 //
+// points
+//
+
+template <int bits>
+static monarch_codec_points make_points() {
+    typedef polar<bits> P;
+
+    monarch_codec_points points = {};
+    for (int32_t code = 0; code < 1 << 2*bits; ++code) {
+        const int32_t direction = code & ((2 << bits) - 1);
+        const float   radius    = P::radius[code >> bits];
+        points.x[code] = (int8_t) rintf(radius*P::cosine[direction]*P::unit);
+        points.y[code] = (int8_t) rintf(radius*P::sine  [direction]*P::unit);
+    }
+    return points;
+}
+
+template <int bits>
+static const monarch_codec_points & points_of_bits() {
+    static const monarch_codec_points points = make_points<bits>();
+    return points;
+}
+
+const monarch_codec_points * monarch_codec_get_points(int32_t bits) {
+    switch (bits) {
+        case 2: return &points_of_bits<2>();
+        case 3: return &points_of_bits<3>();
+        case 4: return &points_of_bits<4>();
+    }
+    return nullptr;
+}
+
+//
 // pairs
 //
 
-// the direction of one parity with the greatest dot product
+// the directions of one parity with the greatest dot products: |x| and |y| choose among those of a quadrant, which has both
+// axes (even) or none (odd); signs turn the angle back
 template <int bits, int parity>
-static inline void pair_find_angle(float x, float y, float & best, int32_t & index) {
+static void find_angles(int32_t n_pairs, const float * x, const float * y, float * dots, int32_t * indices) {
     typedef polar<bits> P;
-    constexpr int n = 1 << bits;
+    constexpr int n          = 1 << bits;
+    constexpr int n_quadrant = n/4 + 1 - parity;
 
-    best  = x*P::cosine[parity*n] + y*P::sine[parity*n];
-    index = 0;
-#pragma GCC unroll 16
-    for (int32_t i = 1; i < n; ++i) {
-        const float dot = x*P::cosine[parity*n + i] + y*P::sine[parity*n + i];
-        index = dot > best ? i   : index;
-        best  = dot > best ? dot : best;
+    for (int32_t p = 0; p < n_pairs; ++p) {
+        const float ax = fabsf(x[p]);
+        const float ay = fabsf(y[p]);
+
+        float   best  = ax*P::cosine[parity*n] + ay*P::sine[parity*n];
+        int32_t index = 0;
+#pragma GCC unroll 8
+        for (int32_t i = 1; i < n_quadrant; ++i) {
+            const float dot = ax*P::cosine[parity*n + i] + ay*P::sine[parity*n + i];
+            index = dot > best ? i   : index;
+            best  = dot > best ? dot : best;
+        }
+        index = x[p] < 0.0f ? n/2 - parity - index : index;
+        index = y[p] < 0.0f ? n   - parity - index : index;
+
+        dots   [p] = best;
+        indices[p] = index & (n - 1);
     }
 }
 
@@ -144,26 +205,13 @@ static inline void pair_find_ring(float distance, float & radius, int32_t & ring
     for (int32_t i = parity + 2; i < n; i += 2) {
         const bool farther = distance > 0.5f*(P::radius[i - 2] + P::radius[i]);
         radius = farther ? P::radius[i] : radius;
-        ring   = farther ? i            : ring;
+        ring  += 2*farther; // not a second choice: compilers make branches of those
     }
 }
 
-// the ring with the least error, given the pair's dot products divided by the scale
-template <int bits>
-static inline bool pair_find_code(float even, float odd, float & radius, int32_t & ring) {
-    float   radius_odd;
-    int32_t ring_odd;
-    pair_find_ring<bits, 0>(even, radius,     ring);
-    pair_find_ring<bits, 1>(odd,  radius_odd, ring_odd);
-
-    // error = distance^2 - gain
-    const float gain_even = radius    *(even + even - radius);
-    const float gain_odd  = radius_odd*(odd  + odd  - radius_odd);
-
-    const bool is_odd = gain_odd > gain_even;
-    radius = is_odd ? radius_odd : radius;
-    ring   = is_odd ? ring_odd   : ring;
-    return is_odd;
+// the error is the squared length of the pair less this
+static inline float pair_gain(float distance, float radius) {
+    return radius*(distance + distance - radius);
 }
 
 //
@@ -192,22 +240,6 @@ static float root_mean_square(const float * x, int32_t n) {
     return sqrtf(sum_of_lanes(squares, n)/(float) n);
 }
 
-template <int bits>
-static void find_angles(int32_t n_pairs, const float * x, angles & a) {
-    float even[MAX_PAIRS];
-    float odd [MAX_PAIRS];
-    for (int32_t p = 0; p < n_pairs; ++p) {
-        even[p] = x[2*p + 0];
-        odd [p] = x[2*p + 1];
-    }
-    for (int32_t p = 0; p < n_pairs; ++p) {
-        pair_find_angle<bits, 0>(even[p], odd[p], a.dot[0][p], a.index[0][p]);
-    }
-    for (int32_t p = 0; p < n_pairs; ++p) {
-        pair_find_angle<bits, 1>(even[p], odd[p], a.dot[1][p], a.index[1][p]);
-    }
-}
-
 // every factor assigns rings at rms*factor and refits the scale by least squares; the least error wins
 template <int bits>
 static float find_scale(int32_t n_pairs, const angles & a, float rms) {
@@ -223,9 +255,14 @@ static float find_scale(int32_t n_pairs, const angles & a, float rms) {
         const float even = a.dot[0][p];
         const float odd  = a.dot[1][p];
         for (int32_t i = 0; i < N_FACTORS; ++i) {
-            float   radius;
+            float   radius_even;
+            float   radius_odd;
             int32_t ring;
-            const bool is_odd = pair_find_code<bits>(even*inverse[i], odd*inverse[i], radius, ring);
+            pair_find_ring<bits, 0>(even*inverse[i], radius_even, ring);
+            pair_find_ring<bits, 1>(odd *inverse[i], radius_odd,  ring);
+
+            const bool  is_odd = pair_gain(odd*inverse[i], radius_odd) > pair_gain(even*inverse[i], radius_even);
+            const float radius = is_odd ? radius_odd : radius_even;
             dots [i] += radius*(is_odd ? odd : even);
             norms[i] += radius*radius;
         }
@@ -240,45 +277,83 @@ static float find_scale(int32_t n_pairs, const angles & a, float rms) {
     return dots[best]/norms[best];
 }
 
-template <int bits>
-static void find_codes(int32_t n_pairs, const angles & a, float scale, uint8_t * codes) {
-    const float inverse = 1.0f/scale;
+template <int bits, int parity>
+static void find_rings(int32_t n_pairs, const float * dots, float inverse, float * radii, int32_t * rings) {
     for (int32_t p = 0; p < n_pairs; ++p) {
         float   radius;
         int32_t ring;
-        const bool is_odd = pair_find_code<bits>(a.dot[0][p]*inverse, a.dot[1][p]*inverse, radius, ring);
-        codes[p] = (uint8_t) (ring << bits | (is_odd ? a.index[1][p] : a.index[0][p]));
+        pair_find_ring<bits, parity>(dots[p]*inverse, radius, ring);
+        radii[p] = radius;
+        rings[p] = ring;
     }
+}
+
+template <int bits>
+static void find_codes(int32_t n_pairs, const angles & a, float scale, uint8_t * codes) {
+    const float inverse = 1.0f/scale;
+
+    float   radii[2][MAX_PAIRS];
+    int32_t rings[2][MAX_PAIRS];
+    find_rings<bits, 0>(n_pairs, a.dot[0], inverse, radii[0], rings[0]);
+    find_rings<bits, 1>(n_pairs, a.dot[1], inverse, radii[1], rings[1]);
+
+    for (int32_t p = 0; p < n_pairs; ++p) {
+        const int32_t even = rings[0][p] << bits | a.index[0][p];
+        const int32_t odd  = rings[1][p] << bits | a.index[1][p];
+
+        const float gain_even = pair_gain(a.dot[0][p]*inverse, radii[0][p]);
+        const float gain_odd  = pair_gain(a.dot[1][p]*inverse, radii[1][p]);
+        codes[p] = (uint8_t) (gain_odd > gain_even ? odd : even);
+    }
+}
+
+// the integer points are not quite the polar ones, so their scale is fitted by itself
+template <int bits>
+static float fit_scale(int32_t n_pairs, const float * x, const uint8_t * codes) {
+    const monarch_codec_points & points = points_of_bits<bits>();
+
+    float   dots[MAX_PAIRS];
+    int32_t norm = 0;
+    for (int32_t p = 0; p < n_pairs; ++p) {
+        const int32_t px = points.x[codes[p]];
+        const int32_t py = points.y[codes[p]];
+
+        dots[p] = x[p]*(float) px + x[p + n_pairs]*(float) py;
+        norm   += px*px + py*py;
+    }
+    return sum_of_lanes(dots, n_pairs)/(float) norm;
 }
 
 template <int bits>
 static void record_encode_codes(int32_t head_dim, const float * x, record & r) {
     const int32_t n_pairs = head_dim/2;
 
-    // below the least f16 the scale becomes zero anyway
-    const float rms = fmaxf(root_mean_square(x, head_dim), MONARCH_LEAST_RMS);
+    const float rms = root_mean_square(x, head_dim);
 
-    angles a;
-    find_angles<bits>(n_pairs, x, a);
-    r.scale = monarch_f32_to_f16(monarch_f16_clamp(find_scale<bits>(n_pairs, a, rms)));
+    r.scale = 0;
+    if (rms >= MONARCH_LEAST_RMS) {
+        angles a;
+        find_angles<bits, 0>(n_pairs, x, x + n_pairs, a.dot[0], a.index[0]);
+        find_angles<bits, 1>(n_pairs, x, x + n_pairs, a.dot[1], a.index[1]);
 
+        find_codes<bits>(n_pairs, a, find_scale<bits>(n_pairs, a, rms), r.codes);
+        r.scale = monarch_f32_to_f16(fit_scale<bits>(n_pairs, x, r.codes));
+        find_codes<bits>(n_pairs, a, monarch_f16_to_f32(r.scale)*polar<bits>::unit, r.codes);
+    }
     if (r.scale == 0) {
         memset(r.codes, 0, n_pairs);
-        return;
     }
-    find_codes<bits>(n_pairs, a, monarch_f16_to_f32(r.scale), r.codes);
 }
 
 template <int bits>
 static void record_decode_codes(int32_t head_dim, const record & r, float * x) {
-    typedef polar<bits> P;
+    const monarch_codec_points & points = points_of_bits<bits>();
 
-    const float scale = monarch_f16_to_f32(r.scale);
-    for (int32_t p = 0; p < head_dim/2; ++p) {
-        const int32_t direction = r.codes[p] & ((2 << bits) - 1);
-        const float   radius    = scale*P::radius[r.codes[p] >> bits];
-        x[2*p + 0] = radius*P::cosine[direction];
-        x[2*p + 1] = radius*P::sine  [direction];
+    const int32_t n_pairs = head_dim/2;
+    const float   scale   = monarch_f16_to_f32(r.scale);
+    for (int32_t p = 0; p < n_pairs; ++p) {
+        x[p]           = scale*(float) points.x[r.codes[p]];
+        x[p + n_pairs] = scale*(float) points.y[r.codes[p]];
     }
 }
 
@@ -312,7 +387,7 @@ static void record_encode_residual(int32_t head_dim, int32_t bits, const float *
         magnitude[i]  = fabsf(rest[i]);
         r.negative[i] = rest[i] < 0.0f;
     }
-    r.step = monarch_f32_to_f16(monarch_f16_clamp(sum_of_lanes(magnitude, head_dim)/(float) head_dim));
+    r.step = monarch_f32_to_f16(sum_of_lanes(magnitude, head_dim)/(float) head_dim);
 }
 
 static void record_encode(int32_t head_dim, int32_t bits, bool residual, const float * x, record & r) {
@@ -336,27 +411,56 @@ static void record_encode(int32_t head_dim, int32_t bits, bool residual, const f
 // pages
 //
 
-// a zeroed run of n codes
-static inline void run_set(int32_t bits, uint8_t * run, int32_t n, int32_t i, uint8_t code) {
+// where the code of pair p of token t lies
+static inline int32_t k_index(int32_t page_size, int32_t t, int32_t p) {
+    return p/4*page_size*4 + t*4 + p%4;
+}
+
+static inline int32_t v_index(int32_t n_pairs, int32_t t, int32_t p) {
+    return t/4*n_pairs*4 + p*4 + t%4;
+}
+
+static void chunk_pack(int32_t bits, const uint8_t * codes, uint8_t * dst) {
     if (bits == 4) {
-        run[i] = code;
+        memcpy(dst, codes, CHUNK_SIZE);
         return;
     }
-    run[i/2] |= (code & 15) << 4*(i % 2);
+    for (int32_t j = 0; j < 32; ++j) {
+        dst[j] = (codes[j] & 15) | (codes[j + 32] & 15) << 4;
+    }
     if (bits == 3) {
-        run[n/2 + i/4] |= (code >> 4) << 2*(i % 4);
+        for (int32_t j = 0; j < 16; ++j) {
+            dst[j + 32] = codes[j] >> 4 | codes[j + 16] >> 4 << 2 | codes[j + 32] >> 4 << 4 | codes[j + 48] >> 4 << 6;
+        }
     }
 }
 
-static inline uint8_t run_get(int32_t bits, const uint8_t * run, int32_t n, int32_t i) {
+static void chunk_unpack(int32_t bits, const uint8_t * src, uint8_t * codes) {
     if (bits == 4) {
-        return run[i];
+        memcpy(codes, src, CHUNK_SIZE);
+        return;
     }
-    uint8_t code = run[i/2] >> 4*(i % 2) & 15;
+    for (int32_t j = 0; j < 32; ++j) {
+        codes[j]      = src[j] & 15;
+        codes[j + 32] = src[j] >> 4;
+    }
     if (bits == 3) {
-        code |= (run[n/2 + i/4] >> 2*(i % 4) & 3) << 4;
+        for (int32_t j = 0; j < CHUNK_SIZE; ++j) {
+            codes[j] |= (src[j%16 + 32] >> j/16*2 & 3) << 4;
+        }
     }
-    return code;
+}
+
+static void codes_pack(int32_t bits, int32_t n, const uint8_t * codes, uint8_t * dst) {
+    for (int32_t i = 0; i < n; i += CHUNK_SIZE) {
+        chunk_pack(bits, codes + i, dst + i*bits/4);
+    }
+}
+
+static void codes_unpack(int32_t bits, int32_t n, const uint8_t * src, uint8_t * codes) {
+    for (int32_t i = 0; i < n; i += CHUNK_SIZE) {
+        chunk_unpack(bits, src + i*bits/4, codes + i);
+    }
 }
 
 static void encode_f16(int32_t n, const float * x, uint8_t * dst) {
@@ -377,7 +481,7 @@ static void decode_f16(int32_t n, const uint8_t * src, float * x) {
 static void encode_page_k(const monarch_codec * codec, const monarch_codec_layout & layout, const float * k, uint8_t * dst) {
     const int32_t head_dim  = codec->head_dim;
     const int32_t page_size = codec->page_size;
-    const int32_t run_size  = page_size*codec->bits_k/4;
+    const int32_t n_pairs   = head_dim/2;
     const int32_t mask_size = page_size/8;
     const bool    residual  = codec->residual_k;
 
@@ -385,12 +489,13 @@ static void encode_page_k(const monarch_codec * codec, const monarch_codec_layou
         encode_f16(page_size*head_dim, k, dst + layout.k_codes);
         return;
     }
+    uint8_t codes[MAX_CODES];
     for (int32_t t = 0; t < page_size; ++t) {
         record r;
         record_encode(head_dim, codec->bits_k, residual, k + t*head_dim, r);
 
-        for (int32_t p = 0; p < head_dim/2; ++p) {
-            run_set(codec->bits_k, dst + layout.k_codes + p*run_size, page_size, t, r.codes[p]);
+        for (int32_t p = 0; p < n_pairs; ++p) {
+            codes[k_index(page_size, t, p)] = r.codes[p];
         }
         memcpy(dst + layout.k_scales + 2*t, &r.scale, sizeof(r.scale));
 
@@ -401,26 +506,29 @@ static void encode_page_k(const monarch_codec * codec, const monarch_codec_layou
             memcpy(dst + layout.k_steps + 2*t, &r.step, sizeof(r.step));
         }
     }
+    codes_pack(codec->bits_k, page_size*n_pairs, codes, dst + layout.k_codes);
 }
 
 static void encode_page_v(const monarch_codec * codec, const monarch_codec_layout & layout, const float * v, uint8_t * dst) {
     const int32_t head_dim  = codec->head_dim;
     const int32_t page_size = codec->page_size;
-    const int32_t run_size  = head_dim*codec->bits_v/8;
+    const int32_t n_pairs   = head_dim/2;
 
     if (codec->bits_v == 16) {
         encode_f16(page_size*head_dim, v, dst + layout.v_codes);
         return;
     }
+    uint8_t codes[MAX_CODES];
     for (int32_t t = 0; t < page_size; ++t) {
         record r;
         record_encode(head_dim, codec->bits_v, false, v + t*head_dim, r);
 
-        for (int32_t p = 0; p < head_dim/2; ++p) {
-            run_set(codec->bits_v, dst + layout.v_codes + t*run_size, head_dim/2, p, r.codes[p]);
+        for (int32_t p = 0; p < n_pairs; ++p) {
+            codes[v_index(n_pairs, t, p)] = r.codes[p];
         }
         memcpy(dst + layout.v_scales + 2*t, &r.scale, sizeof(r.scale));
     }
+    codes_pack(codec->bits_v, page_size*n_pairs, codes, dst + layout.v_codes);
 }
 
 void monarch_codec_encode_page(const monarch_codec * codec, const float * k, const float * v, uint8_t * dst) {
@@ -436,7 +544,7 @@ void monarch_codec_decode_page_k(const monarch_codec * codec, const uint8_t * sr
 
     const int32_t head_dim  = codec->head_dim;
     const int32_t page_size = codec->page_size;
-    const int32_t run_size  = page_size*codec->bits_k/4;
+    const int32_t n_pairs   = head_dim/2;
     const int32_t mask_size = page_size/8;
     const bool    residual  = codec->residual_k;
 
@@ -444,11 +552,13 @@ void monarch_codec_decode_page_k(const monarch_codec * codec, const uint8_t * sr
         decode_f16(page_size*head_dim, src + layout.k_codes, k);
         return;
     }
+    uint8_t codes[MAX_CODES];
+    codes_unpack(codec->bits_k, page_size*n_pairs, src + layout.k_codes, codes);
     for (int32_t t = 0; t < page_size; ++t) {
         record r;
         memcpy(&r.scale, src + layout.k_scales + 2*t, sizeof(r.scale));
-        for (int32_t p = 0; p < head_dim/2; ++p) {
-            r.codes[p] = run_get(codec->bits_k, src + layout.k_codes + p*run_size, page_size, t);
+        for (int32_t p = 0; p < n_pairs; ++p) {
+            r.codes[p] = codes[k_index(page_size, t, p)];
         }
         record_decode(head_dim, codec->bits_k, r, k + t*head_dim);
 
@@ -467,17 +577,19 @@ void monarch_codec_decode_page_v(const monarch_codec * codec, const uint8_t * sr
 
     const int32_t head_dim  = codec->head_dim;
     const int32_t page_size = codec->page_size;
-    const int32_t run_size  = head_dim*codec->bits_v/8;
+    const int32_t n_pairs   = head_dim/2;
 
     if (codec->bits_v == 16) {
         decode_f16(page_size*head_dim, src + layout.v_codes, v);
         return;
     }
+    uint8_t codes[MAX_CODES];
+    codes_unpack(codec->bits_v, page_size*n_pairs, src + layout.v_codes, codes);
     for (int32_t t = 0; t < page_size; ++t) {
         record r;
         memcpy(&r.scale, src + layout.v_scales + 2*t, sizeof(r.scale));
-        for (int32_t p = 0; p < head_dim/2; ++p) {
-            r.codes[p] = run_get(codec->bits_v, src + layout.v_codes + t*run_size, head_dim/2, p);
+        for (int32_t p = 0; p < n_pairs; ++p) {
+            r.codes[p] = codes[v_index(n_pairs, t, p)];
         }
         record_decode(head_dim, codec->bits_v, r, v + t*head_dim);
     }

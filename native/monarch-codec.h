@@ -3,25 +3,30 @@
 // Cold records: K and V of one page and one KV head as staggered polar codes.
 //
 // A record is one head vector: rotated (sign flips, then a Walsh-Hadamard transform over the largest power of two that
-// fits, then both again over the last values where some are left), cut into pairs, each pair coded as (radius ring, angle
-// bin) with the angle grid of odd rings turned by half a step, and one f16 scale. `bits` per value: 2, 3 or 4; 16 stores
-// plain f16, unrotated, for tests.
-// A code has 2*bits bits, ring << bits | angle, and stands for scale*radius*(cosine, sine); its bits + 1 low bits index the
-// tables of cosines and sines. docs/codec.md has the errors and what odd input does.
+// fits, then both again over the last values where some are left), cut into pairs (value p, value p + head_dim/2), each
+// pair coded as (radius ring, angle bin) with the angle grid of odd rings turned by half a step, and one f16 scale. `bits`
+// per value: 2, 3 or 4; 16 stores plain f16, unrotated, for tests.
+// A code has 2*bits bits, ring << bits | angle; its bits + 1 low bits index the tables of cosines and sines. It stands for
+// scale times an integer point, radius*(cosine, sine)*unit rounded to 8 bits: integer kernels that read the points are
+// exact. docs/codec.md has the errors and what odd input does.
 //
 // A page block holds the page_size records of K and of V, in the order that the kernels read:
 //
-//   K codes     pair-major:  pair 0 of all tokens, pair 1 of all tokens, ...
-//   K residual  value-major: page_size bits per value, token 0 lowest, set: subtract the step (only with residual_k)
-//   V codes     token-major: all pairs of token 0, all pairs of token 1, ...
+//   K codes     quads of pairs:  four pairs of a token side by side, then the next token; then the next four pairs
+//   K residual  value-major:     page_size bits per value, token 0 lowest, set: subtract the step (only with residual_k)
+//   V codes     quads of tokens: a pair of four tokens side by side, then the next pair; then the next four tokens
 //   K scales    f16 [page_size]
 //   K steps     f16 [page_size] (only with residual_k)
 //   V scales    f16 [page_size]
 //
-// A run of codes of n pairs ("all tokens of a pair" in K, "all pairs of a token" in V) takes
-//   4 bits: n bytes          ring << 4 | angle
-//   2 bits: n/2 bytes        two codes of 4 bits, the even one in the low nibble
-//   3 bits: n/2 + n/4 bytes  low nibbles as with 2 bits, then the two high bits, four to a byte, lowest first
+// The code of token t, pair p is number
+//   p/4*page_size*4  + t*4 + p%4  of K
+//   t/4*head_dim/2*4 + p*4 + t%4  of V
+// and 64 codes c in that order take
+//   4 bits: 64 bytes       c[j]
+//   2 bits: 32 bytes       c[j] | c[j + 32] << 4
+//   3 bits: 32 + 16 bytes  the four low bits as with 2 bits, then the two high bits:
+//                          c[j] >> 4 | c[j + 16] >> 4 << 2 | c[j + 32] >> 4 << 4 | c[j + 48] >> 4 << 6
 //  16 bits: both K and V are f16 [page_size][head_dim] in place of their codes; no residual, no scales
 // Decoding gives rotated values: attention rotates q once and turns the result back once.
 
@@ -83,6 +88,19 @@ static inline struct monarch_codec_layout monarch_codec_get_layout(const struct 
     layout.v_scales   = layout.k_steps    + (residual ? n_scales : 0);
     return layout;
 }
+
+// the points of every code; entries past the number of codes are 0
+struct monarch_codec_points {
+#ifdef __cplusplus
+    alignas(64) int8_t x[256];
+#else
+    _Alignas(64) int8_t x[256];
+#endif
+    int8_t y[256];
+};
+
+// bits: 2, 3 or 4; the same pointer at every call, from any thread
+MONARCH_API const struct monarch_codec_points * monarch_codec_get_points(int32_t bits);
 
 // x: [head_dim], in place; nothing to do for 16 bits
 MONARCH_API void monarch_codec_rotate  (int32_t head_dim, float * x);

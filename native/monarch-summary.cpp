@@ -8,6 +8,7 @@
 
 // Compiled as the codec is: the numpy reference gives the same bytes.
 
+#define GROUP   MONARCH_SUMMARY_GROUP
 #define N_LANES 8
 
 enum rounding {
@@ -67,6 +68,25 @@ static void find_mean_std(int32_t head_dim, int32_t n_tokens, const float * k, f
 }
 
 //
+// groups
+//
+
+enum head {
+    HEAD_OFFSET,
+    HEAD_STEP,
+    N_HEADS, // of each statistic
+};
+
+// in bytes
+static size_t head_offset(int32_t i_half, enum head head, int32_t i_page) {
+    return ((i_half*N_HEADS + head)*GROUP + i_page)*sizeof(uint16_t);
+}
+
+static size_t value_offset(int32_t i_value, int32_t i_page) {
+    return 2*N_HEADS*GROUP*sizeof(uint16_t) + (i_value/4*GROUP + i_page)*4 + i_value%4;
+}
+
+//
 // 8-bit affine
 //
 
@@ -99,8 +119,8 @@ static uint8_t quantize(float x, float offset, float step, enum rounding roundin
     return (uint8_t) fminf(fmaxf(u, 0.0f), 255.0f);
 }
 
-// head: f16 offset, f16 step
-static void encode_half(int32_t head_dim, enum rounding rounding, const float * x, uint8_t * head, uint8_t * dst) {
+static void encode_half(
+        int32_t head_dim, enum rounding rounding, const float * x, uint8_t * group, int32_t i_page, int32_t i_half) {
     float min = x[0];
     float max = x[0];
     for (int32_t d = 1; d < head_dim; ++d) {
@@ -118,14 +138,15 @@ static void encode_half(int32_t head_dim, enum rounding rounding, const float * 
     }
     const float step = monarch_f16_to_f32(step_f16);
 
-    memcpy(head + 0, &offset_f16, sizeof(offset_f16));
-    memcpy(head + 2, &step_f16,   sizeof(step_f16));
+    memcpy(group + head_offset(i_half, HEAD_OFFSET, i_page), &offset_f16, sizeof(offset_f16));
+    memcpy(group + head_offset(i_half, HEAD_STEP,   i_page), &step_f16,   sizeof(step_f16));
     for (int32_t d = 0; d < head_dim; ++d) {
-        dst[d] = quantize(x[d], offset, step, rounding);
+        group[value_offset(i_half*head_dim + d, i_page)] = quantize(x[d], offset, step, rounding);
     }
 }
 
-void monarch_summary_encode(int32_t scorer, int32_t head_dim, int32_t n_tokens, const float * k, uint8_t * dst) {
+void monarch_summary_encode(
+        int32_t scorer, int32_t head_dim, int32_t n_tokens, const float * k, uint8_t * group, int32_t i_page) {
     float first [MONARCH_MAX_HEAD_DIM] = { 0 };
     float second[MONARCH_MAX_HEAD_DIM] = { 0 };
 
@@ -136,8 +157,8 @@ void monarch_summary_encode(int32_t scorer, int32_t head_dim, int32_t n_tokens, 
     } else {
         find_mean_std(head_dim, n_tokens, k, first, second);
     }
-    encode_half(head_dim, minmax ? ROUND_DOWN : ROUND_NEAREST, first,  dst + 0, dst + 8);
-    encode_half(head_dim, minmax ? ROUND_UP   : ROUND_NEAREST, second, dst + 4, dst + 8 + head_dim);
+    encode_half(head_dim, minmax ? ROUND_DOWN : ROUND_NEAREST, first,  group, i_page, 0);
+    encode_half(head_dim, minmax ? ROUND_UP   : ROUND_NEAREST, second, group, i_page, 1);
 }
 
 //
@@ -158,11 +179,11 @@ void monarch_summary_query(int32_t scorer, int32_t head_dim, const float * q, fl
     }
 }
 
-static float score_half(int32_t head_dim, const float * w, const uint8_t * head, const uint8_t * src) {
+static float score_half(int32_t head_dim, const float * w, const uint8_t * group, int32_t i_page, int32_t i_half) {
     uint16_t offset_f16;
     uint16_t step_f16;
-    memcpy(&offset_f16, head + 0, sizeof(offset_f16));
-    memcpy(&step_f16,   head + 2, sizeof(step_f16));
+    memcpy(&offset_f16, group + head_offset(i_half, HEAD_OFFSET, i_page), sizeof(offset_f16));
+    memcpy(&step_f16,   group + head_offset(i_half, HEAD_STEP,   i_page), sizeof(step_f16));
 
     const float offset = monarch_f16_to_f32(offset_f16);
     const float step   = monarch_f16_to_f32(step_f16);
@@ -170,7 +191,8 @@ static float score_half(int32_t head_dim, const float * w, const uint8_t * head,
     float lanes[N_LANES] = { 0 };
     for (int32_t d = 0; d < head_dim; d += N_LANES) {
         for (int32_t j = 0; j < N_LANES; ++j) {
-            lanes[j] += w[d + j]*(offset + step*(float) src[d + j]);
+            const uint8_t u = group[value_offset(i_half*head_dim + d + j, i_page)];
+            lanes[j] += w[d + j]*(offset + step*(float) u);
         }
     }
     float sum = 0.0f;
@@ -180,7 +202,7 @@ static float score_half(int32_t head_dim, const float * w, const uint8_t * head,
     return sum;
 }
 
-float monarch_summary_score(int32_t head_dim, const float * w, const uint8_t * summary) {
-    return score_half(head_dim, w,            summary + 0, summary + 8) +
-           score_half(head_dim, w + head_dim, summary + 4, summary + 8 + head_dim);
+float monarch_summary_score(int32_t head_dim, const float * w, const uint8_t * group, int32_t i_page) {
+    return score_half(head_dim, w,            group, i_page, 0) +
+           score_half(head_dim, w + head_dim, group, i_page, 1);
 }

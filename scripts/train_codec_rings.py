@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the rings of the polar codes in native/monarch-codec-tables.h.
+"""Train the rings of the polar codes in native/monarch-codec-tables.h, and set the units of their integer points.
 
     python scripts/train_codec_rings.py             train and print them, with the error
     python scripts/train_codec_rings.py --write     and put them into the header
@@ -34,13 +34,21 @@ def move_rings(code: codec.Polar, records: list[np.ndarray]) -> np.ndarray:
     dots, norms = np.zeros(len(code.radius)), np.zeros(len(code.radius))
     for x in records:
         codes, scale = codec.encode_rotated(code, x)
-        scale = scale.astype(np.float32)[..., None]
-        unit = replace(code, radius=np.ones_like(code.radius))
-        along = (x * unit.points(codes, np.ones(len(x), np.float32))).reshape(*codes.shape, 2).sum(-1)
+        scale = scale.astype(np.float32)[..., None] * code.unit
+        direction = codes & ((2 << code.bits) - 1)
+        first, second = np.split(x, 2, -1)
+        along = first * code.cosine[direction] + second * code.sine[direction]
         rings = codes >> code.bits
         dots += np.bincount(rings.ravel(), (along * scale).ravel(), len(code.radius))
         norms += np.bincount(rings.ravel(), np.broadcast_to(scale * scale, rings.shape).ravel(), len(code.radius))
     return (dots / np.maximum(norms, 1e-9)).astype(np.float32)
+
+
+def with_rings(bits: int, radius: np.ndarray) -> codec.Polar:
+    code = replace(codec.polar(bits), radius=radius)
+    parity = np.arange(len(radius)) & 1
+    greatest = np.abs([code.cosine.reshape(2, -1), code.sine.reshape(2, -1)]).max((0, 2))
+    return replace(code, unit=np.float32(127) / (radius * greatest[parity]).max())
 
 
 def train(bits: int, n_values: int, n_steps: int) -> np.ndarray:
@@ -48,7 +56,7 @@ def train(bits: int, n_values: int, n_steps: int) -> np.ndarray:
     radius = first_rings(bits, rng)
     records = [rng.standard_normal((n_values // d, d), np.float32) for d in (64, 128)]
     for step in range(n_steps):
-        code = replace(codec.polar(bits), radius=radius)
+        code = with_rings(bits, radius)
         radius = move_rings(code, records)
         if (step + 1) % 10 == 0:
             errors = ", ".join(f"{nmse(code, x):.5f}" for x in records)
@@ -58,7 +66,7 @@ def train(bits: int, n_values: int, n_steps: int) -> np.ndarray:
 
 def nmse(code: codec.Polar, x: np.ndarray) -> float:
     codes, scale = codec.encode_rotated(code, x)
-    rest = x - code.points(codes, scale.astype(np.float32))
+    rest = x - code.decode(codes, scale)
     return float((rest.astype(np.float64) ** 2).sum() / (x.astype(np.float64) ** 2).sum())
 
 
@@ -66,9 +74,16 @@ def write(rings: dict[int, np.ndarray]) -> None:
     header = native_dir() / "monarch-codec-tables.h"
     text = header.read_text(encoding="utf-8")
     for bits, radius in rings.items():
-        text, n = re.subn(rf"(#define MONARCH_RADIUS_{bits} ).*", rf"\g<1>{literals(radius)}", text)
-        assert n == 1, f"{header}: MONARCH_RADIUS_{bits} is not there exactly once"
+        radius = np.array([float(f"{r:.6f}") for r in radius], np.float32)
+        text = define(text, f"MONARCH_RADIUS_{bits}", radius)
+        text = define(text, f"MONARCH_UNIT_{bits}", np.array([with_rings(bits, radius).unit]))
     header.write_text(text, encoding="utf-8")
+
+
+def define(text: str, name: str, values: np.ndarray) -> str:
+    text, n = re.subn(rf"(#define {name} +).*", rf"\g<1>{literals(values)}", text)
+    assert n == 1, f"{name} is not there exactly once"
+    return text
 
 
 def literals(values: np.ndarray) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from monarch_llamacpp.codec import Codec
+from monarch_llamacpp.codec import Codec, constants
 from monarch_llamacpp.paths import native_dir
 
 # the second build has no F16C on x86-64: its conversions are the plain ones
 BUILDS = {"native": ["-march=native"], "plain": []}
 SCORERS = ("minmax", "meanstd")
+SUMMARY_GROUP = int(constants()["MONARCH_SUMMARY_GROUP"][0])
 
 _folder = tempfile.TemporaryDirectory(prefix="monarch-codec-")
 
@@ -36,6 +37,13 @@ class NativeCodec:
     def __init__(self, library: Path) -> None:
         self.lib = ctypes.CDLL(str(library))
         self.lib.monarch_summary_score.restype = ctypes.c_float
+        self.lib.monarch_codec_get_points.restype = ctypes.POINTER(ctypes.c_int8 * 512)
+
+    def points(self, bits: int) -> np.ndarray:
+        """x and y of every code: [2, 256]."""
+        pointer = self.lib.monarch_codec_get_points(bits)
+        assert ctypes.addressof(pointer.contents) % 64 == 0
+        return np.frombuffer(pointer.contents, np.int8).reshape(2, 256)
 
     def rotate(self, x: np.ndarray) -> np.ndarray:
         return self._rotated(self.lib.monarch_codec_rotate, x)
@@ -64,11 +72,11 @@ class NativeCodec:
         self.lib.monarch_codec_decode_page_v(ctypes.byref(_struct(codec)), _pointer(src), _pointer(v))
         return k, v
 
-    def encode_summary(self, scorer: str, k: np.ndarray) -> bytes:
+    def encode_summary(self, scorer: str, k: np.ndarray, group: np.ndarray, i_page: int) -> None:
         k = np.ascontiguousarray(k, np.float32)
-        summary = np.zeros(8 + 2 * k.shape[1], np.uint8)
-        self.lib.monarch_summary_encode(SCORERS.index(scorer), k.shape[1], len(k), _pointer(k), _pointer(summary))
-        return summary.tobytes()
+        n_tokens, head_dim = k.shape
+        assert len(group) == SUMMARY_GROUP * (8 + 2 * head_dim)
+        self.lib.monarch_summary_encode(SCORERS.index(scorer), head_dim, n_tokens, _pointer(k), _pointer(group), i_page)
 
     def summary_query(self, scorer: str, q: np.ndarray) -> np.ndarray:
         q = np.ascontiguousarray(q, np.float32)
@@ -76,9 +84,8 @@ class NativeCodec:
         self.lib.monarch_summary_query(SCORERS.index(scorer), len(q), _pointer(q), _pointer(weights))
         return weights
 
-    def summary_score(self, weights: np.ndarray, summary: bytes) -> float:
-        src = np.frombuffer(summary, np.uint8)
-        return self.lib.monarch_summary_score(len(weights) // 2, _pointer(weights), _pointer(src))
+    def summary_score(self, weights: np.ndarray, group: np.ndarray, i_page: int) -> float:
+        return self.lib.monarch_summary_score(len(weights) // 2, _pointer(weights), _pointer(group), i_page)
 
 
 @lru_cache

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_codec import BUILDS, SCORERS, native_codec
+from native_codec import BUILDS, SCORERS, SUMMARY_GROUP, NativeCodec, native_codec
 from test_codec import HEAD_DIMS, ODD_VALUES, gaussian
 
 from monarch_llamacpp import codec
@@ -10,6 +10,7 @@ from monarch_llamacpp import codec
 seeds = st.integers(0, 2**32 - 1)
 head_dims = st.sampled_from(HEAD_DIMS)
 token_counts = st.integers(1, 32)
+page_indices = st.integers(0, SUMMARY_GROUP - 1)
 
 
 def keys(seed: int, n_tokens: int, head_dim: int, odd_share: float = 0.0) -> np.ndarray:
@@ -18,6 +19,13 @@ def keys(seed: int, n_tokens: int, head_dim: int, odd_share: float = 0.0) -> np.
     size, offset = 10.0 ** rng.uniform(-4, 3, 2)
     x = gaussian(seed, n_tokens, head_dim) * rng.gamma(0.5, size, head_dim) + rng.normal(0, offset, head_dim)
     return np.where(rng.random(x.shape) < odd_share, rng.choice(ODD_VALUES, x.shape), x).astype(np.float32)
+
+
+def group_of(native: NativeCodec, scorer: str, k: np.ndarray, i_page: int = 0) -> np.ndarray:
+    """A group with one page written."""
+    group = np.full(SUMMARY_GROUP * (8 + 2 * k.shape[1]), 0xA5, np.uint8)
+    native.encode_summary(scorer, k, group, i_page)
+    return group
 
 
 def query(seed: int, head_dim: int) -> np.ndarray:
@@ -32,17 +40,34 @@ def query(seed: int, head_dim: int) -> np.ndarray:
     head_dim=head_dims,
     odd_share=st.sampled_from([0, 0.1]),
     build=st.sampled_from(list(BUILDS)),
+    i_page=page_indices,
 )
-def test_c_and_numpy_agree_to_the_byte(scorer, seed, n_tokens, head_dim, odd_share, build):
+def test_c_and_numpy_agree_to_the_byte(scorer, seed, n_tokens, head_dim, odd_share, build, i_page):
     native = native_codec(build)
     k, q = keys(seed, n_tokens, head_dim, odd_share), query(seed, head_dim)
     summary = codec.encode_summary(scorer, k)
-    assert native.encode_summary(scorer, k) == summary
     assert len(summary) == 8 + 2 * head_dim
+    others = bytes([0xA5]) * len(summary)
+    pages = [others] * i_page + [summary] + [others] * (SUMMARY_GROUP - 1 - i_page)
+    group = group_of(native, scorer, k, i_page)
+    assert group.tobytes() == codec.interleave_summaries(pages)
 
     weights = codec.summary_query(scorer, q)
     np.testing.assert_array_equal(native.summary_query(scorer, q), weights)
-    assert native.summary_score(weights, summary) == codec.summary_score(weights, summary)
+    assert native.summary_score(weights, group, i_page) == codec.summary_score(weights, summary)
+
+
+def test_sixteen_pages_lie_side_by_side():
+    head_dim, native = 64, native_codec("native")
+    group = np.zeros(16 * (8 + 2 * head_dim), np.uint8)
+    pages = [keys(i, 16, head_dim) for i in range(16)]
+    for i, k in enumerate(pages):
+        native.encode_summary("minmax", k, group, i)
+    for i, k in enumerate(pages):
+        summary = np.frombuffer(codec.encode_summary("minmax", k), np.uint8)
+        np.testing.assert_array_equal(group[:128].view(np.float16)[i::16], summary[:8].view(np.float16))
+        for j, value in enumerate(summary[8:]):
+            assert group[128 + (j // 4 * 16 + i) * 4 + j % 4] == value
 
 
 @settings(max_examples=200, deadline=None)
@@ -54,7 +79,8 @@ def test_minmax_bounds_every_value_and_every_logit(seed, n_tokens, head_dim, odd
     assert (low <= k.min(0)).all() and (high >= k.max(0)).all()
 
     weights = codec.summary_query("minmax", q)
-    score = native_codec("native").summary_score(weights, summary)
+    native = native_codec("native")
+    score = native.summary_score(weights, group_of(native, "minmax", k), 0)
     rounding = 1e-6 * float(np.abs(weights) @ np.abs([low, high]).ravel())
     assert score >= (k.astype(np.float64) @ q.astype(np.float64)).max() - rounding
 
@@ -98,8 +124,6 @@ def test_odd_values_leave_scores_finite(scorer, value):
     k, q = gaussian(3, 16, 64), query(3, 64)
     k[4, 7] = q[9] = value
     k[5] = value
-    assert np.isfinite(native.summary_score(native.summary_query(scorer, q), native.encode_summary(scorer, k)))
-    np.testing.assert_array_equal(
-        np.frombuffer(native.encode_summary(scorer, k), np.uint8),
-        np.frombuffer(native.encode_summary(scorer, codec.finite(k)), np.uint8),
-    )
+    group = group_of(native, scorer, k)
+    assert np.isfinite(native.summary_score(native.summary_query(scorer, q), group, 0))
+    np.testing.assert_array_equal(group, group_of(native, scorer, codec.finite(k)))
