@@ -170,7 +170,8 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
         monarch_page_out_read(v, h, out + 1, page_size, v_page);
 
         monarch_codec_encode_page(&op.codec, k_page, v_page, (uint8_t *) pool->data + block*monarch_codec_block_size(&op.codec));
-        monarch_summary_encode(op.scorer, head_dim, page_size, k_page, (uint8_t *) summary->data + block*monarch_summary_size(head_dim));
+        monarch_summary_encode(op.scorer, head_dim, page_size, k_page,
+                (uint8_t *) summary->data + h*summary->nb[1] + page/MONARCH_SUMMARY_GROUP*summary->nb[2], page%MONARCH_SUMMARY_GROUP);
 
         // a recycled page starts without a past
         monarch_head_state * head = monarch_state_head(state->data, pool->ne[2], h);

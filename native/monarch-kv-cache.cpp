@@ -104,7 +104,7 @@ monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const lla
 static uint32_t monarch_n_pages_max(uint32_t n_ctx, uint32_t page_size) {
     const uint32_t n_pages = (n_ctx + page_size - 1)/page_size;
 
-    return n_pages + n_pages/16 + 16;
+    return GGML_PAD(n_pages + n_pages/16 + 16, MONARCH_SUMMARY_GROUP);
 }
 
 monarch_kv_cache::monarch_kv_cache(
@@ -117,7 +117,7 @@ monarch_kv_cache::monarch_kv_cache(
     llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, /*offload =*/ false, /*unified =*/ true,
             n_slots, /*n_seq_max =*/ 1, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
     knobs(knobs),
-    n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch),
+    n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), n_threads(cparams.n_threads_batch),
     n_head_kv(model.hparams.n_head_kv(0)), head_dim(model.hparams.n_embd_head_k(0)),
     n_pages_max(monarch_n_pages_max(cparams.n_ctx_seq, knobs.page_size)) {
     // cold pages bring their own rotation; hot tokens stay as the model made them
@@ -142,7 +142,7 @@ monarch_kv_cache::monarch_kv_cache(
     for (const auto & layer : layers) {
         cold_layer cold = {
             ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_head_kv, n_pages_max),
-            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_summary_size(head_dim),      n_head_kv, n_pages_max),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_head_kv, n_pages_max/MONARCH_SUMMARY_GROUP),
             ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
         };
 
@@ -372,7 +372,8 @@ void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
                 monarch_codec_unrotate(head_dim, k.data() + i*head_dim);
             }
 
-            monarch_summary_encode(op.scorer, head_dim, page.n_tokens, k.data(), (uint8_t *) cold.summary->data + block*cold.summary->ne[0]);
+            monarch_summary_encode(op.scorer, head_dim, page.n_tokens, k.data(),
+                    (uint8_t *) cold.summary->data + h*cold.summary->nb[1] + page.phys/MONARCH_SUMMARY_GROUP*cold.summary->nb[2], page.phys%MONARCH_SUMMARY_GROUP);
         }
     }
 }
@@ -477,22 +478,6 @@ std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown(
     }
 
     return res;
-}
-
-void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-
-    throw std::runtime_error("saving the state of a paged context is not supported yet");
-}
-
-void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-
-    throw std::runtime_error("restoring a state into a paged context is not supported yet");
 }
 
 //
@@ -674,7 +659,7 @@ monarch_stats monarch_kv_cache::get_stats() const {
         const cold_layer & cold = cold_layers[i];
 
         res.cold_bytes    += table.n_pages()*cold.pool->nb[2];
-        res.summary_bytes += table.n_pages()*cold.summary->nb[2];
+        res.summary_bytes += table.n_pages()*cold.summary->nb[2]/MONARCH_SUMMARY_GROUP;
         res.table_bytes   += ggml_nbytes(cold.state);
 
         const monarch_layer_state * layer = (const monarch_layer_state *) cold.state->data;

@@ -16,6 +16,8 @@
 
 #include <string>
 
+struct monarch_stock_state;
+
 class monarch_kv_cache : public llama_kv_cache {
 public:
     // null: paging is off; throws std::runtime_error if it is on and this model or context cannot be paged
@@ -114,6 +116,10 @@ private:
     void     update_summaries(const monarch_page_table::page & page);
     bool     is_sticky(uint8_t count) const;
 
+    void     restore     (const monarch_stock_state & state);
+    void     restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0);
+    void     restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot);
+
     void     run_page_out_hooks() const;
     void     run_promotion_hooks() const;
 
@@ -124,6 +130,7 @@ private:
 
     const uint32_t n_ctx;
     const uint32_t n_ubatch;
+    const uint32_t n_threads;
     const uint32_t n_head_kv;
     const int32_t  head_dim;
     const uint32_t n_pages_max;

@@ -5,7 +5,7 @@
 // Everything the op needs travels in tensors, so that graphs can be reused and split over devices:
 //
 //   pool      I8  [block_size, n_head_kv, n_pages]    cold records, monarch-codec.h
-//   summary   I8  [summary_size, n_head_kv, n_pages]  page summaries, monarch-summary.h
+//   summary   I8  [group_size, n_head_kv, n_pages/16] page summaries in groups of 16 pages, monarch-summary.h
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
 //   table     I32 [MONARCH_TABLE_HEADER + 2*n_pages]  input: the step's knobs, then (physical page, token mask) per cold page
 //   page_outs I32 [1 + n_max*(1 + page_size)]         input: count, then (physical page, ring slots) per page to encode

@@ -11,6 +11,8 @@ endfunction()
 function(monarch_add_ggml_cpu target)
     target_sources(${target} PRIVATE
         ${MONARCH_DIR}/monarch-attend.cpp
+        ${MONARCH_DIR}/monarch-attend-avx512.cpp
+        ${MONARCH_DIR}/monarch-attend-plain.cpp
         ${MONARCH_DIR}/monarch-codec.cpp
         ${MONARCH_DIR}/monarch-cpu.cpp
         ${MONARCH_DIR}/monarch-policy.cpp
@@ -22,6 +24,13 @@ function(monarch_add_ggml_cpu target)
         ${MONARCH_DIR}/monarch-codec.cpp
         ${MONARCH_DIR}/monarch-summary.cpp
         PROPERTIES COMPILE_OPTIONS "$<$<CXX_COMPILER_ID:GNU,Clang,AppleClang>:-ffp-contract=off>")
+
+    # kernels for instructions that the rest may be compiled without; chosen at run time
+    if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+        set_source_files_properties(
+            ${MONARCH_DIR}/monarch-attend-avx512.cpp
+            PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mavx512vbmi;-mfma;-mf16c")
+    endif()
 endfunction()
 
 function(monarch_add_llama target)
@@ -30,6 +39,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-graph.cpp
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
+        ${MONARCH_DIR}/monarch-kv-cache-state.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp)
     target_include_directories(${target} PRIVATE ${MONARCH_DIR})
     set_source_files_properties(
@@ -37,6 +47,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-graph.cpp
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
+        ${MONARCH_DIR}/monarch-kv-cache-state.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp
         PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()

@@ -16,9 +16,12 @@ class Result(NamedTuple):
     info: dict[str, Any]
 
 
-def run_cases(lib_dir: Path, folder: Path, cases: list[dict[str, Any]]) -> list[Result]:
+def run_cases(
+    lib_dir: Path, folder: Path, cases: list[dict[str, Any]], env: dict[str, str] | None = None
+) -> list[Result]:
+    """env reaches the child from its start; a case's own only while it runs."""
     out = folder / f"logits-{lib_dir.parent.name}-{len(list(folder.iterdir()))}.npz"
-    run_child(lib_dir, "child_logits.py", [out], stdin=json.dumps(cases))
+    run_child(lib_dir, "child_logits.py", [out], stdin=json.dumps(cases), env=env)
     with np.load(out) as data:
         return [Result(data[f"logits{i}"], json.loads(str(data[f"info{i}"]))) for i in range(len(cases))]
 

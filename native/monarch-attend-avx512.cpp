@@ -1,0 +1,682 @@
+// AVX-512 with VNNI and VBMI. Cold pages are attended as 8-bit integers: a code is looked up as the int8 point that it
+// stands for, which is exact; queries and softmax weights are rounded to 8 bits per page, which costs far less than the
+// codec does. The hot window stays in f32 arithmetic.
+//
+// Compiled with the flags for these instructions whatever the rest is compiled for, and used where the CPU has them.
+
+#include "monarch-attend.h"
+#include "monarch-summary.h"
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+
+#include "ggml.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#define MONARCH_LANES 16
+
+// rows that share one load
+#define MONARCH_ROWS 4
+
+#define MONARCH_MIN(a, b) ((a) < (b) ? (a) : (b))
+
+struct monarch_avx512_work {
+    int8_t  * q;       // [n_rows][head_dim] quantised queries, in the order of the K codes; summary weights while scoring
+    int32_t * q_bias;  // [n_rows] what adding 128 to K adds to the dot products
+    float   * q_scale; // [n_rows]
+    float   * weights; // [8][16]
+    uint8_t * w;       // [n_rows][16] quantised weights
+    float   * w_scale; // [n_rows]
+    float   * k;       // [head_dim][16] one tile of hot K, transposed
+    float   * v;       // [16][head_dim]
+    float   * scores;  // [MONARCH_ROWS][n_pages_max] by physical page
+    float   * log_n;   // [n_pages_max] logarithm of a page's tokens
+};
+
+static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
+    char * ptr = base;
+
+    work->q       = (int8_t  *) ptr; ptr += (n_rows + MONARCH_ROWS)*2*head_dim;
+    work->q_bias  = (int32_t *) ptr; ptr += (n_rows*sizeof(int32_t) + 63)/64*64;
+    work->q_scale = (float   *) ptr; ptr += (n_rows*2*sizeof(float) + 63)/64*64;
+    work->weights = (float   *) ptr; ptr += 8*MONARCH_LANES*sizeof(float);
+    work->w       = (uint8_t *) ptr; ptr += (n_rows*MONARCH_LANES + 63)/64*64;
+    work->w_scale = (float   *) ptr; ptr += (n_rows*sizeof(float) + 63)/64*64;
+    work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
+    work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
+    work->scores  = (float   *) ptr; ptr += MONARCH_ROWS*n_pages_max*sizeof(float);
+    work->log_n   = (float   *) ptr; ptr += n_pages_max*sizeof(float);
+
+    return ptr - base;
+}
+
+static size_t monarch_avx512_work_size(int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
+    struct monarch_avx512_work work;
+    return monarch_avx512_work_init(&work, NULL, head_dim, n_rows, n_pages_max);
+}
+
+static bool monarch_avx512_supports(const struct monarch_op_params * op, const struct ggml_tensor * k, const struct ggml_tensor * v) {
+    static const bool has_cpu = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+
+    return has_cpu && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 && op->codec.head_dim % 32 == 0 &&
+        op->codec.page_size >= MONARCH_LANES && op->codec.bits_k <= 4 && op->codec.bits_v <= 4 && !op->codec.residual_k;
+}
+
+// e^x for x <= 0; Cephes polynomial, relative error below 2e-7
+static inline __m512 monarch_exp(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-100.0f));
+
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+
+    return _mm512_scalef_ps(p, n);
+}
+
+// softmax weights of 16 tokens on the scale of row->max, which grows if it must; masked tokens weigh nothing
+static inline __m512 monarch_row_weigh(struct monarch_row * row, int64_t head_dim, __m512 logits, __mmask16 mask) {
+    const float max = _mm512_mask_reduce_max_ps(mask, logits);
+
+    if (max > row->max) {
+        monarch_row_set_max(row, head_dim, max);
+    }
+
+    return _mm512_maskz_mov_ps(mask, monarch_exp(_mm512_sub_ps(logits, _mm512_set1_ps(row->max))));
+}
+
+//
+// hot window
+//
+
+static inline void monarch_transpose(__m512 * x) {
+    __m512 y[16];
+
+    for (int i = 0; i < 16; i += 4) {
+        const __m512 a = _mm512_unpacklo_ps(x[i + 0], x[i + 1]);
+        const __m512 b = _mm512_unpackhi_ps(x[i + 0], x[i + 1]);
+        const __m512 c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
+        const __m512 d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+
+        y[i + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(c)));
+        y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(c)));
+        y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b), _mm512_castps_pd(d)));
+        y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b), _mm512_castps_pd(d)));
+    }
+
+    // 128-bit lane l of y[4*r + c] holds column 4*l + c of rows 4*r to 4*r + 3
+    for (int c = 0; c < 4; ++c) {
+        const __m512 even_lo = _mm512_shuffle_f32x4(y[c + 0], y[c +  4], 0x88);
+        const __m512 even_hi = _mm512_shuffle_f32x4(y[c + 8], y[c + 12], 0x88);
+        const __m512 odd_lo  = _mm512_shuffle_f32x4(y[c + 0], y[c +  4], 0xdd);
+        const __m512 odd_hi  = _mm512_shuffle_f32x4(y[c + 8], y[c + 12], 0xdd);
+
+        x[c +  0] = _mm512_shuffle_f32x4(even_lo, even_hi, 0x88);
+        x[c +  4] = _mm512_shuffle_f32x4(odd_lo,  odd_hi,  0x88);
+        x[c +  8] = _mm512_shuffle_f32x4(even_lo, even_hi, 0xdd);
+        x[c + 12] = _mm512_shuffle_f32x4(odd_lo,  odd_hi,  0xdd);
+    }
+}
+
+static inline __m512 monarch_ring_load(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t d) {
+    const char * src = (const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2] + d*sizeof(ggml_fp16_t);
+
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
+}
+
+// n <= 16 slots of one head as f32, K transposed; what is missing is zero
+static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, struct monarch_avx512_work * work) {
+    const int64_t head_dim = attend->op.codec.head_dim;
+
+    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
+        __m512 x[16];
+
+        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
+            const __m512 v = i < n ? monarch_ring_load(attend->v, head_kv, i0 + i, d) : _mm512_setzero_ps();
+
+            x[i] = i < n ? monarch_ring_load(attend->k, head_kv, i0 + i, d) : _mm512_setzero_ps();
+
+            _mm512_storeu_ps(work->v + i*head_dim + d, v);
+        }
+
+        monarch_transpose(x);
+
+        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
+            _mm512_storeu_ps(work->k + (d + i)*MONARCH_LANES, x[i]);
+        }
+    }
+}
+
+static inline __m512 monarch_mask_load(const struct ggml_tensor * mask, int64_t i_token, int64_t i0, __mmask16 valid) {
+    const char * row = (const char *) mask->data + i_token*mask->nb[1];
+
+    if (mask->type == GGML_TYPE_F16) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, row + i0*sizeof(ggml_fp16_t)));
+    }
+    return _mm512_maskz_loadu_ps(valid, row + i0*sizeof(float));
+}
+
+// slots of the tile that the token sees
+static inline __mmask16 monarch_mask_visible(const struct ggml_tensor * mask, int64_t i_token, int64_t i0, __mmask16 valid) {
+    return _mm512_mask_cmp_ps_mask(valid, monarch_mask_load(mask, i_token, i0, valid), _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
+}
+
+template <int R>
+static inline void monarch_hot_rows(const struct monarch_attend * attend, struct monarch_avx512_work * work, struct monarch_row * rows, int64_t i0, __mmask16 valid) {
+    const int64_t head_dim = attend->op.codec.head_dim;
+
+    __m512 acc[R];
+    for (int r = 0; r < R; ++r) {
+        acc[r] = _mm512_setzero_ps();
+    }
+
+    for (int64_t d = 0; d < head_dim; ++d) {
+        const __m512 k = _mm512_loadu_ps(work->k + d*MONARCH_LANES);
+        for (int r = 0; r < R; ++r) {
+            acc[r] = _mm512_fmadd_ps(k, _mm512_set1_ps(rows[r].q[d]), acc[r]);
+        }
+    }
+
+    for (int r = 0; r < R; ++r) {
+        const __m512    mask    = monarch_mask_load(attend->mask, rows[r].i_token, i0, valid);
+        const __mmask16 visible = _mm512_mask_cmp_ps_mask(valid, mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
+        const __m512    logits  = _mm512_fmadd_ps(acc[r], _mm512_set1_ps(attend->op.kq_scale), mask);
+
+        const __m512 weights = visible ? monarch_row_weigh(&rows[r], head_dim, logits, visible) : _mm512_setzero_ps();
+
+        rows[r].sum += _mm512_reduce_add_ps(weights);
+
+        _mm512_storeu_ps(work->weights + r*MONARCH_LANES, weights);
+    }
+
+    for (int64_t d = 0; d < head_dim; d += 2*MONARCH_LANES) {
+        __m512 lo[R];
+        __m512 hi[R];
+        for (int r = 0; r < R; ++r) {
+            lo[r] = _mm512_loadu_ps(rows[r].hot + d);
+            hi[r] = _mm512_loadu_ps(rows[r].hot + d + MONARCH_LANES);
+        }
+        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
+            const __m512 v_lo = _mm512_loadu_ps(work->v + i*head_dim + d);
+            const __m512 v_hi = _mm512_loadu_ps(work->v + i*head_dim + d + MONARCH_LANES);
+            for (int r = 0; r < R; ++r) {
+                const __m512 w = _mm512_set1_ps(work->weights[r*MONARCH_LANES + i]);
+                lo[r] = _mm512_fmadd_ps(v_lo, w, lo[r]);
+                hi[r] = _mm512_fmadd_ps(v_hi, w, hi[r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            _mm512_storeu_ps(rows[r].hot + d,                 lo[r]);
+            _mm512_storeu_ps(rows[r].hot + d + MONARCH_LANES, hi[r]);
+        }
+    }
+}
+
+static struct monarch_avx512_work monarch_avx512_work_get(const struct monarch_attend * attend, const struct monarch_work * work) {
+    struct monarch_avx512_work res;
+    monarch_avx512_work_init(&res, (char *) work->kernel, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+    return res;
+}
+
+static bool monarch_hot_is_visible(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, __mmask16 valid) {
+    for (int64_t ir = 0; ir < work->n_rows; ir += attend->n_gqa) {
+        if (monarch_mask_visible(attend->mask, work->rows[ir].i_token, i0, valid)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
+    struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
+
+    const int64_t n_kv = attend->k->ne[2];
+
+    for (int64_t i0 = 0; i0 < n_kv; i0 += MONARCH_LANES) {
+        const int64_t   n     = MONARCH_MIN(MONARCH_LANES, n_kv - i0);
+        const __mmask16 valid = (__mmask16) ((1u << n) - 1);
+
+        if (!monarch_hot_is_visible(attend, work, i0, valid)) {
+            continue;
+        }
+
+        monarch_hot_load(attend, head_kv, i0, n, &avx512);
+
+        int64_t ir = 0;
+        for (; ir + 8 <= work->n_rows; ir += 8) {
+            monarch_hot_rows<8>(attend, &avx512, work->rows + ir, i0, valid);
+        }
+        for (; ir + 2 <= work->n_rows; ir += 2) {
+            monarch_hot_rows<2>(attend, &avx512, work->rows + ir, i0, valid);
+        }
+        for (; ir < work->n_rows; ++ir) {
+            monarch_hot_rows<1>(attend, &avx512, work->rows + ir, i0, valid);
+        }
+    }
+}
+
+//
+// cold pages
+//
+
+// codes of the chunk as bytes
+static inline __m512i monarch_codes_load(int32_t bits, const uint8_t * src, int64_t i_chunk) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+
+    if (bits == 4) {
+        return _mm512_loadu_si512(src + 64*i_chunk);
+    }
+
+    const uint8_t * chunk = src + 16*bits*i_chunk;
+
+    const __m256i packed = _mm256_loadu_si256((const __m256i *) chunk);
+    const __m256i lo     = _mm256_and_si256(packed, nibble);
+    const __m256i hi     = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+    const __m512i low    = _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+
+    if (bits == 2) {
+        return low;
+    }
+
+    // two more bits of 64 codes in 16 bytes: quarter i of the codes takes bits 2i and 2i + 1
+    const __m512i rest   = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) (chunk + 32)));
+    const __m512i shifts = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
+    const __m512i high   = _mm512_and_si512(_mm512_srlv_epi64(rest, shifts), _mm512_set1_epi8(3));
+
+    return _mm512_or_si512(low, _mm512_slli_epi16(high, 4));
+}
+
+// one coordinate of the 256 points
+struct monarch_lookup {
+    __m512i t0, t1, t2, t3;
+};
+
+static inline struct monarch_lookup monarch_lookup_init(const int8_t * table, uint8_t flip) {
+    const __m512i f = _mm512_set1_epi8((char) flip);
+
+    struct monarch_lookup res;
+    res.t0 = _mm512_xor_si512(_mm512_loadu_si512(table +   0), f);
+    res.t1 = _mm512_xor_si512(_mm512_loadu_si512(table +  64), f);
+    res.t2 = _mm512_xor_si512(_mm512_loadu_si512(table + 128), f);
+    res.t3 = _mm512_xor_si512(_mm512_loadu_si512(table + 192), f);
+    return res;
+}
+
+static inline __m512i monarch_lookup_get(const struct monarch_lookup * lookup, __m512i codes) {
+    const __m512i lo = _mm512_permutex2var_epi8(lookup->t0, codes, lookup->t1);
+    const __m512i hi = _mm512_permutex2var_epi8(lookup->t2, codes, lookup->t3);
+
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), lo, hi);
+}
+
+// rotated queries as int8, four x and four y coordinates in turn, as the K codes lie
+static void monarch_cold_quantize(const struct monarch_attend * attend, const struct monarch_work * work, struct monarch_avx512_work * avx512) {
+    const int64_t head_dim = attend->op.codec.head_dim;
+
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        const float * q = work->rows[ir].q_rot;
+
+        float max = 0.0f;
+        for (int64_t i = 0; i < head_dim; ++i) {
+            max = fabsf(q[i]) > max ? fabsf(q[i]) : max;
+        }
+
+        const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
+
+        int8_t * dst = avx512->q + ir*head_dim;
+        int32_t  sum = 0;
+
+        for (int64_t i = 0; i < head_dim; ++i) {
+            // coordinate i%8 of pair quad i/8
+            const int64_t pair = i/8*4 + i%4;
+
+            dst[i] = (int8_t) lrintf(inverse*q[i%8 < 4 ? pair : pair + head_dim/2]);
+            sum   += dst[i];
+        }
+
+        avx512->q_bias [ir] = 128*sum;
+        avx512->q_scale[ir] = attend->op.kq_scale*max/127.0f;
+    }
+}
+
+static inline int32_t monarch_load_i32(const void * src) {
+    int32_t res;
+    memcpy(&res, src, sizeof(res));
+    return res;
+}
+
+// logits of 16 tokens, without the scales of K
+template <int R>
+static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, const struct monarch_avx512_work * avx512, int64_t ir, __m512 * logits) {
+    __m512i x[R];
+    __m512i y[R];
+    for (int r = 0; r < R; ++r) {
+        x[r] = _mm512_set1_epi32(-avx512->q_bias[ir + r]);
+        y[r] = _mm512_setzero_si512();
+    }
+    for (int64_t j = 0; j < head_dim/8; ++j) {
+        const __m512i kx = k_x[j];
+        const __m512i ky = k_y[j];
+        for (int r = 0; r < R; ++r) {
+            const int8_t * q = avx512->q + (ir + r)*head_dim + 8*j;
+            x[r] = _mm512_dpbusd_epi32(x[r], kx, _mm512_set1_epi32(monarch_load_i32(q + 0)));
+            y[r] = _mm512_dpbusd_epi32(y[r], ky, _mm512_set1_epi32(monarch_load_i32(q + 4)));
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        logits[r] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(x[r], y[r])), _mm512_set1_ps(avx512->q_scale[ir + r]));
+    }
+}
+
+// weights of 16 tokens times the scales of V as 8 bits; the greatest becomes 255
+static inline void monarch_cold_weigh(struct monarch_row * row, int64_t head_dim, __m512 logits, __mmask16 mask, __m512 v_scale, int32_t ic, uint8_t * w, float * w_scale) {
+    const __m512 weights = monarch_row_weigh(row, head_dim, logits, mask);
+    const float  sum     = _mm512_reduce_add_ps(weights);
+
+    row->sum += sum;
+    if (ic < row->n_mass) {
+        row->mass[ic] += sum;
+    }
+
+    const __m512 scaled  = _mm512_mul_ps(weights, v_scale);
+    const float  max     = _mm512_reduce_max_ps(scaled);
+    const float  inverse = max > 1e-30f ? 255.0f/max : 0.0f;
+
+    _mm_storeu_si128((__m128i *) w, _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(_mm512_mul_ps(scaled, _mm512_set1_ps(inverse)))));
+
+    *w_scale = max/255.0f;
+}
+
+// adds 16 tokens of V; v_x, v_y: [4 quads of tokens][head_dim/32]
+template <int R>
+static inline void monarch_cold_add(int64_t head_dim, const __m512i * v_x, const __m512i * v_y, const struct monarch_avx512_work * avx512, struct monarch_row * rows, int64_t ir) {
+    const int64_t n_chunk = head_dim/32;
+
+    for (int64_t c = 0; c < n_chunk; ++c) {
+        __m512i x[R];
+        __m512i y[R];
+        for (int r = 0; r < R; ++r) {
+            x[r] = _mm512_setzero_si512();
+            y[r] = _mm512_setzero_si512();
+        }
+        for (int64_t t = 0; t < 4; ++t) {
+            const __m512i vx = v_x[t*n_chunk + c];
+            const __m512i vy = v_y[t*n_chunk + c];
+            for (int r = 0; r < R; ++r) {
+                const __m512i w = _mm512_set1_epi32(monarch_load_i32(avx512->w + (ir + r)*MONARCH_LANES + 4*t));
+                x[r] = _mm512_dpbusd_epi32(x[r], w, vx);
+                y[r] = _mm512_dpbusd_epi32(y[r], w, vy);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m512 scale = _mm512_set1_ps(avx512->w_scale[ir + r]);
+
+            float * dst_x = rows[ir + r].cold + c*MONARCH_LANES;
+            float * dst_y = dst_x + head_dim/2;
+
+            _mm512_storeu_ps(dst_x, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), scale, _mm512_loadu_ps(dst_x)));
+            _mm512_storeu_ps(dst_y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(y[r]), scale, _mm512_loadu_ps(dst_y)));
+        }
+    }
+}
+
+struct monarch_cold {
+    struct monarch_lookup       k_x, k_y; // plus 128
+    struct monarch_lookup       v_x, v_y;
+    struct monarch_codec_layout layout;
+};
+
+static inline __m512 monarch_scales_load(const uint8_t * src) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
+}
+
+// 16 tokens of page ic, from token t0 on
+static void monarch_cold_attend(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512,
+        const uint8_t * block, int32_t ic, int32_t t0, __mmask16 mask) {
+    const struct monarch_codec * codec = &attend->op.codec;
+
+    const int64_t head_dim = codec->head_dim;
+    const int64_t n_chunk  = head_dim/32;
+
+    __m512i x[MONARCH_MAX_HEAD_DIM/8];
+    __m512i y[MONARCH_MAX_HEAD_DIM/8];
+
+    for (int64_t j = 0; j < head_dim/8; ++j) {
+        const __m512i codes = monarch_codes_load(codec->bits_k, block + cold->layout.k_codes, (j*codec->page_size + t0)/MONARCH_LANES);
+
+        x[j] = monarch_lookup_get(&cold->k_x, codes);
+        y[j] = monarch_lookup_get(&cold->k_y, codes);
+    }
+
+    const __m512 k_scale = monarch_scales_load(block + cold->layout.k_scales + 2*t0);
+    const __m512 v_scale = monarch_scales_load(block + cold->layout.v_scales + 2*t0);
+
+    int64_t ir = 0;
+    for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
+        __m512 logits[MONARCH_ROWS];
+        monarch_cold_dot<MONARCH_ROWS>(head_dim, x, y, avx512, ir, logits);
+        for (int64_t r = ir; r < ir + MONARCH_ROWS; ++r) {
+            monarch_cold_weigh(&work->rows[r], head_dim, _mm512_mul_ps(logits[r - ir], k_scale), mask, v_scale, ic, avx512->w + r*MONARCH_LANES, &avx512->w_scale[r]);
+        }
+    }
+    for (; ir < work->n_rows; ++ir) {
+        __m512 logits;
+        monarch_cold_dot<1>(head_dim, x, y, avx512, ir, &logits);
+        monarch_cold_weigh(&work->rows[ir], head_dim, _mm512_mul_ps(logits, k_scale), mask, v_scale, ic, avx512->w + ir*MONARCH_LANES, &avx512->w_scale[ir]);
+    }
+
+    for (int64_t i = 0; i < 4*n_chunk; ++i) {
+        const __m512i codes = monarch_codes_load(codec->bits_v, block + cold->layout.v_codes, t0/4*n_chunk + i);
+
+        x[i] = monarch_lookup_get(&cold->v_x, codes);
+        y[i] = monarch_lookup_get(&cold->v_y, codes);
+    }
+
+    ir = 0;
+    for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
+        monarch_cold_add<MONARCH_ROWS>(head_dim, x, y, avx512, work->rows, ir);
+    }
+    for (; ir < work->n_rows; ++ir) {
+        monarch_cold_add<1>(head_dim, x, y, avx512, work->rows, ir);
+    }
+}
+
+static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
+    const struct monarch_codec * codec = &attend->op.codec;
+
+    if (work->n_chosen == 0) {
+        return;
+    }
+
+    struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
+
+    const struct monarch_codec_points * points_k = monarch_codec_get_points(codec->bits_k);
+    const struct monarch_codec_points * points_v = monarch_codec_get_points(codec->bits_v);
+
+    struct monarch_cold cold;
+    cold.k_x    = monarch_lookup_init(points_k->x, 128);
+    cold.k_y    = monarch_lookup_init(points_k->y, 128);
+    cold.v_x    = monarch_lookup_init(points_v->x, 0);
+    cold.v_y    = monarch_lookup_init(points_v->y, 0);
+    cold.layout = monarch_codec_get_layout(codec);
+
+    const size_t block_size = monarch_codec_block_size(codec);
+
+    monarch_cold_quantize(attend, work, &avx512);
+
+    for (int32_t ic = 0; ic < work->n_chosen; ++ic) {
+        const struct monarch_table_entry * entry = &attend->table[work->chosen[ic]];
+
+        const uint8_t * block = attend->pool + (entry->page*attend->n_head_kv + head_kv)*block_size;
+
+        for (int32_t t0 = 0; t0 < codec->page_size; t0 += MONARCH_LANES) {
+            const __mmask16 mask = (__mmask16) (entry->mask >> t0);
+            if (mask) {
+                monarch_cold_attend(attend, &cold, work, &avx512, block, ic, t0, mask);
+            }
+        }
+    }
+}
+
+//
+// scores
+//
+
+// weights of a row's summary dot product as int8; both halves have their own scale
+static void monarch_score_quantize(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * dst, float * scale, float * sum) {
+    const int32_t head_dim = attend->op.codec.head_dim;
+
+    float w[2*MONARCH_MAX_HEAD_DIM];
+    monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
+
+    for (int half = 0; half < 2; ++half) {
+        const float * src = w + half*head_dim;
+
+        float max = 0.0f;
+        sum[half] = 0.0f;
+        for (int32_t i = 0; i < head_dim; ++i) {
+            max = fabsf(src[i]) > max ? fabsf(src[i]) : max;
+            sum[half] += src[i];
+        }
+
+        const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
+        for (int32_t i = 0; i < head_dim; ++i) {
+            dst[half*head_dim + i] = (int8_t) lrintf(inverse*src[i]);
+        }
+        scale[half] = max/127.0f;
+    }
+}
+
+// scores of 16 pages for R rows
+template <int R>
+static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, const int8_t * w, const float * scale, const float * sum, float kq_scale, float * dst, int64_t stride) {
+    __m512 score[R];
+    for (int r = 0; r < R; ++r) {
+        score[r] = _mm512_setzero_ps();
+    }
+
+    const uint8_t * values = group + 4*MONARCH_SUMMARY_GROUP*2;
+
+    for (int half = 0; half < 2; ++half) {
+        __m512i dot[R];
+        for (int r = 0; r < R; ++r) {
+            dot[r] = _mm512_setzero_si512();
+        }
+        for (int64_t j = 0; j < head_dim/4; ++j) {
+            const __m512i u = _mm512_loadu_si512(values + (half*head_dim/4 + j)*64);
+            for (int r = 0; r < R; ++r) {
+                dot[r] = _mm512_dpbusd_epi32(dot[r], u, _mm512_set1_epi32(monarch_load_i32(w + r*2*head_dim + half*head_dim + 4*j)));
+            }
+        }
+
+        const __m512 offset = monarch_scales_load(group + half*64);
+        const __m512 step   = monarch_scales_load(group + half*64 + 32);
+
+        for (int r = 0; r < R; ++r) {
+            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_set1_ps(scale[2*r + half]));
+
+            score[r] = _mm512_fmadd_ps(product, step,   score[r]);
+            score[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum[2*r + half]), score[r]);
+        }
+    }
+
+    for (int r = 0; r < R; ++r) {
+        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(score[r], _mm512_set1_ps(kq_scale)));
+    }
+}
+
+// from physical to table order, and the pages' token counts
+static void monarch_score_gather(const struct monarch_attend * attend, const float * scores, const float * log_n, float * dst) {
+    for (int32_t i = 0; i < attend->n_pages; i += MONARCH_LANES) {
+        const int32_t   n     = MONARCH_MIN(MONARCH_LANES, attend->n_pages - i);
+        const __mmask16 valid = (__mmask16) ((1u << n) - 1);
+
+        const __m512i pairs = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        const __m512i index = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, pairs, attend->table + i, 4);
+        const __m512  score = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, index, scores, 4);
+
+        _mm512_mask_storeu_ps(dst + i, valid, _mm512_add_ps(score, _mm512_maskz_loadu_ps(valid, log_n + i)));
+    }
+}
+
+static void monarch_avx512_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
+    struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
+
+    const int32_t head_dim   = attend->op.codec.head_dim;
+    const size_t  group_size = MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim);
+
+    float log_table[MONARCH_MAX_PAGE_SIZE + 1];
+    for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
+        log_table[i] = logf((float) i);
+    }
+
+    // groups that hold none of the sequence's pages are skipped; log_n ends as the pages' values, rank serves as marks
+    const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
+
+    uint8_t * used = (uint8_t *) work->rank;
+    memset(used, 0, n_groups);
+
+    for (int32_t i = 0; i < attend->n_pages; ++i) {
+        used[attend->table[i].page/MONARCH_SUMMARY_GROUP] = 1;
+        avx512.log_n[i] = log_table[__builtin_popcount(attend->table[i].mask)];
+    }
+
+    for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_ROWS) {
+        const int64_t n = MONARCH_MIN(MONARCH_ROWS, work->n_rows - ir);
+
+        float scale[2*MONARCH_ROWS] = { 0 };
+        float sum  [2*MONARCH_ROWS] = { 0 };
+
+        memset(avx512.q, 0, MONARCH_ROWS*2*head_dim);
+        for (int64_t r = 0; r < n; ++r) {
+            monarch_score_quantize(attend, &work->rows[ir + r], avx512.q + r*2*head_dim, scale + 2*r, sum + 2*r);
+        }
+
+        for (int64_t g = 0; g < n_groups; ++g) {
+            if (used[g]) {
+                monarch_score_group<MONARCH_ROWS>(head_dim, attend->summary + (g*attend->n_head_kv + head_kv)*group_size,
+                        avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
+            }
+        }
+
+        for (int64_t r = 0; r < n; ++r) {
+            monarch_score_gather(attend, avx512.scores + r*attend->n_pages_max, avx512.log_n, work->rows[ir + r].mass);
+        }
+    }
+}
+
+#else
+
+static bool monarch_avx512_supports(const struct monarch_op_params *, const struct ggml_tensor *, const struct ggml_tensor *) {
+    return false;
+}
+
+static size_t monarch_avx512_work_size(int32_t, int64_t, int64_t) {
+    return 0;
+}
+
+#define monarch_avx512_hot   nullptr
+#define monarch_avx512_cold  nullptr
+#define monarch_avx512_score nullptr
+
+#endif
+
+const struct monarch_kernel monarch_kernel_avx512 = {
+    /*.name      =*/ "avx512",
+    /*.supports  =*/ monarch_avx512_supports,
+    /*.work_size =*/ monarch_avx512_work_size,
+    /*.hot       =*/ monarch_avx512_hot,
+    /*.cold      =*/ monarch_avx512_cold,
+    /*.score     =*/ monarch_avx512_score,
+};
