@@ -18,7 +18,8 @@
 #define MONARCH_LANES 16
 
 // rows that share one load
-#define MONARCH_ROWS 4
+#define MONARCH_ROWS       4
+#define MONARCH_SCORE_ROWS 8
 
 #define MONARCH_MIN(a, b) ((a) < (b) ? (a) : (b))
 
@@ -26,28 +27,32 @@ struct monarch_avx512_work {
     int8_t  * q;       // [n_rows][head_dim] quantised queries, in the order of the K codes; summary weights while scoring
     int32_t * q_bias;  // [n_rows] what adding 128 to K adds to the dot products
     float   * q_scale; // [n_rows]
+    float   * sums;    // [n_rows][16] what the present stage adds to the rows' sums, lane by lane
     float   * weights; // [8][16]
     uint8_t * w;       // [n_rows][16] quantised weights
     float   * w_scale; // [n_rows]
     float   * k;       // [head_dim][16] one tile of hot K, transposed
     float   * v;       // [16][head_dim]
-    float   * scores;  // [MONARCH_ROWS][n_pages_max] by physical page
+    float   * scores;  // [MONARCH_SCORE_ROWS][n_pages_max] by physical page
     float   * log_n;   // [n_pages_max] logarithm of a page's tokens
+    int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones, else -1
 };
 
 static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     char * ptr = base;
 
-    work->q       = (int8_t  *) ptr; ptr += (n_rows + MONARCH_ROWS)*2*head_dim;
+    work->q       = (int8_t  *) ptr; ptr += (n_rows + MONARCH_SCORE_ROWS)*2*head_dim;
     work->q_bias  = (int32_t *) ptr; ptr += (n_rows*sizeof(int32_t) + 63)/64*64;
     work->q_scale = (float   *) ptr; ptr += (n_rows*2*sizeof(float) + 63)/64*64;
+    work->sums    = (float   *) ptr; ptr += n_rows*MONARCH_LANES*sizeof(float);
     work->weights = (float   *) ptr; ptr += 8*MONARCH_LANES*sizeof(float);
     work->w       = (uint8_t *) ptr; ptr += (n_rows*MONARCH_LANES + 63)/64*64;
     work->w_scale = (float   *) ptr; ptr += (n_rows*sizeof(float) + 63)/64*64;
     work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
-    work->scores  = (float   *) ptr; ptr += MONARCH_ROWS*n_pages_max*sizeof(float);
+    work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*n_pages_max*sizeof(float);
     work->log_n   = (float   *) ptr; ptr += n_pages_max*sizeof(float);
+    work->runs    = (int32_t *) ptr; ptr += n_pages_max/MONARCH_LANES*sizeof(int32_t);
 
     return ptr - base;
 }
@@ -86,14 +91,30 @@ static inline __m512 monarch_exp(__m512 x) {
 }
 
 // softmax weights of 16 tokens on the scale of row->max, which grows if it must; masked tokens weigh nothing
-static inline __m512 monarch_row_weigh(struct monarch_row * row, int64_t head_dim, __m512 logits, __mmask16 mask) {
-    const float max = _mm512_mask_reduce_max_ps(mask, logits);
+static inline __m512 monarch_row_weigh(struct monarch_row * row, int64_t head_dim, __m512 logits, __mmask16 mask, float * sums) {
+    if (_mm512_mask_cmp_ps_mask(mask, logits, _mm512_set1_ps(row->max), _CMP_GT_OQ)) {
+        const float max = _mm512_mask_reduce_max_ps(mask, logits);
 
-    if (max > row->max) {
+        _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(expf(row->max - max))));
+
         monarch_row_set_max(row, head_dim, max);
     }
 
-    return _mm512_maskz_mov_ps(mask, monarch_exp(_mm512_sub_ps(logits, _mm512_set1_ps(row->max))));
+    const __m512 weights = _mm512_maskz_mov_ps(mask, monarch_exp(_mm512_sub_ps(logits, _mm512_set1_ps(row->max))));
+
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), weights));
+
+    return weights;
+}
+
+static void monarch_sums_clear(const struct monarch_work * work, struct monarch_avx512_work * avx512) {
+    memset(avx512->sums, 0, work->n_rows*MONARCH_LANES*sizeof(float));
+}
+
+static void monarch_sums_add(struct monarch_work * work, const struct monarch_avx512_work * avx512) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        work->rows[ir].sum += _mm512_reduce_add_ps(_mm512_loadu_ps(avx512->sums + ir*MONARCH_LANES));
+    }
 }
 
 //
@@ -173,7 +194,7 @@ static inline __mmask16 monarch_mask_visible(const struct ggml_tensor * mask, in
 }
 
 template <int R>
-static inline void monarch_hot_rows(const struct monarch_attend * attend, struct monarch_avx512_work * work, struct monarch_row * rows, int64_t i0, __mmask16 valid) {
+static inline void monarch_hot_rows(const struct monarch_attend * attend, struct monarch_avx512_work * work, struct monarch_row * rows, float * sums, int64_t i0, __mmask16 valid) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
     __m512 acc[R];
@@ -193,9 +214,7 @@ static inline void monarch_hot_rows(const struct monarch_attend * attend, struct
         const __mmask16 visible = _mm512_mask_cmp_ps_mask(valid, mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
         const __m512    logits  = _mm512_fmadd_ps(acc[r], _mm512_set1_ps(attend->op.kq_scale), mask);
 
-        const __m512 weights = visible ? monarch_row_weigh(&rows[r], head_dim, logits, visible) : _mm512_setzero_ps();
-
-        rows[r].sum += _mm512_reduce_add_ps(weights);
+        const __m512 weights = visible ? monarch_row_weigh(&rows[r], head_dim, logits, visible, sums + r*MONARCH_LANES) : _mm512_setzero_ps();
 
         _mm512_storeu_ps(work->weights + r*MONARCH_LANES, weights);
     }
@@ -241,6 +260,8 @@ static bool monarch_hot_is_visible(const struct monarch_attend * attend, const s
 static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
+    monarch_sums_clear(work, &avx512);
+
     const int64_t n_kv = attend->k->ne[2];
 
     for (int64_t i0 = 0; i0 < n_kv; i0 += MONARCH_LANES) {
@@ -255,15 +276,17 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
 
         int64_t ir = 0;
         for (; ir + 8 <= work->n_rows; ir += 8) {
-            monarch_hot_rows<8>(attend, &avx512, work->rows + ir, i0, valid);
+            monarch_hot_rows<8>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
         for (; ir + 2 <= work->n_rows; ir += 2) {
-            monarch_hot_rows<2>(attend, &avx512, work->rows + ir, i0, valid);
+            monarch_hot_rows<2>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
         for (; ir < work->n_rows; ++ir) {
-            monarch_hot_rows<1>(attend, &avx512, work->rows + ir, i0, valid);
+            monarch_hot_rows<1>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
     }
+
+    monarch_sums_add(work, &avx512);
 }
 
 //
@@ -379,23 +402,52 @@ static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const
     }
 }
 
-// weights of 16 tokens times the scales of V as 8 bits; the greatest becomes 255
-static inline void monarch_cold_weigh(struct monarch_row * row, int64_t head_dim, __m512 logits, __mmask16 mask, __m512 v_scale, int32_t ic, uint8_t * w, float * w_scale) {
-    const __m512 weights = monarch_row_weigh(row, head_dim, logits, mask);
-    const float  sum     = _mm512_reduce_add_ps(weights);
+// the maximum of each of R <= 4 vectors, one to a lane
+template <int R>
+static inline __m128 monarch_max_each(const __m512 * x) {
+    const __m512 x0 = x[0];
+    const __m512 x1 = x[R > 1 ? 1 : 0];
+    const __m512 x2 = x[R > 2 ? 2 : 0];
+    const __m512 x3 = x[R > 3 ? 3 : 0];
 
-    row->sum += sum;
-    if (ic < row->n_mass) {
-        row->mass[ic] += sum;
+    const __m512 a = _mm512_max_ps(_mm512_unpacklo_ps(x0, x1), _mm512_unpackhi_ps(x0, x1)); // x0 x1 x0 x1
+    const __m512 b = _mm512_max_ps(_mm512_unpacklo_ps(x2, x3), _mm512_unpackhi_ps(x2, x3)); // x2 x3 x2 x3
+    const __m512 c = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)); // x0 x1 x2 x3
+
+    const __m256 d = _mm256_max_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+
+    return _mm_max_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
+}
+
+// weights of 16 tokens times the scales of V as 8 bits; the greatest becomes 255
+template <int R>
+static inline void monarch_cold_weigh(struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, const __m512 * logits, __mmask16 mask, __m512 v_scale, int32_t ic, int64_t ir) {
+    __m512 scaled[R];
+
+    for (int r = 0; r < R; ++r) {
+        struct monarch_row * row = &work->rows[ir + r];
+
+        const __m512 weights = monarch_row_weigh(row, head_dim, logits[r], mask, avx512->sums + (ir + r)*MONARCH_LANES);
+
+        if (ic < row->n_mass) {
+            row->mass[ic] += _mm512_reduce_add_ps(weights);
+        }
+        scaled[r] = _mm512_mul_ps(weights, v_scale);
     }
 
-    const __m512 scaled  = _mm512_mul_ps(weights, v_scale);
-    const float  max     = _mm512_reduce_max_ps(scaled);
-    const float  inverse = max > 1e-30f ? 255.0f/max : 0.0f;
+    const __m128 max     = _mm_max_ps(monarch_max_each<R>(scaled), _mm_set1_ps(1e-30f));
+    const __m512 inverse = _mm512_broadcast_f32x4(_mm_div_ps(_mm_set1_ps(255.0f), max));
 
-    _mm_storeu_si128((__m128i *) w, _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(_mm512_mul_ps(scaled, _mm512_set1_ps(inverse)))));
+    float w_scale[4];
+    _mm_storeu_ps(w_scale, _mm_mul_ps(max, _mm_set1_ps(1.0f/255.0f)));
 
-    *w_scale = max/255.0f;
+    for (int r = 0; r < R; ++r) {
+        const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(r), inverse);
+
+        _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_LANES), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(scaled[r], factor))));
+
+        avx512->w_scale[ir + r] = w_scale[r];
+    }
 }
 
 // adds 16 tokens of V; v_x, v_y: [4 quads of tokens][head_dim/32]
@@ -431,6 +483,19 @@ static inline void monarch_cold_add(int64_t head_dim, const __m512i * v_x, const
     }
 }
 
+template <int R>
+static inline void monarch_cold_rows(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, struct monarch_work * work, struct monarch_avx512_work * avx512,
+        __m512 k_scale, __m512 v_scale, __mmask16 mask, int32_t ic, int64_t ir) {
+    __m512 logits[R];
+    monarch_cold_dot<R>(head_dim, k_x, k_y, avx512, ir, logits);
+
+    for (int r = 0; r < R; ++r) {
+        logits[r] = _mm512_mul_ps(logits[r], k_scale);
+    }
+
+    monarch_cold_weigh<R>(work, avx512, head_dim, logits, mask, v_scale, ic, ir);
+}
+
 struct monarch_cold {
     struct monarch_lookup       k_x, k_y; // plus 128
     struct monarch_lookup       v_x, v_y;
@@ -464,16 +529,10 @@ static void monarch_cold_attend(const struct monarch_attend * attend, const stru
 
     int64_t ir = 0;
     for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
-        __m512 logits[MONARCH_ROWS];
-        monarch_cold_dot<MONARCH_ROWS>(head_dim, x, y, avx512, ir, logits);
-        for (int64_t r = ir; r < ir + MONARCH_ROWS; ++r) {
-            monarch_cold_weigh(&work->rows[r], head_dim, _mm512_mul_ps(logits[r - ir], k_scale), mask, v_scale, ic, avx512->w + r*MONARCH_LANES, &avx512->w_scale[r]);
-        }
+        monarch_cold_rows<MONARCH_ROWS>(head_dim, x, y, work, avx512, k_scale, v_scale, mask, ic, ir);
     }
     for (; ir < work->n_rows; ++ir) {
-        __m512 logits;
-        monarch_cold_dot<1>(head_dim, x, y, avx512, ir, &logits);
-        monarch_cold_weigh(&work->rows[ir], head_dim, _mm512_mul_ps(logits, k_scale), mask, v_scale, ic, avx512->w + ir*MONARCH_LANES, &avx512->w_scale[ir]);
+        monarch_cold_rows<1>(head_dim, x, y, work, avx512, k_scale, v_scale, mask, ic, ir);
     }
 
     for (int64_t i = 0; i < 4*n_chunk; ++i) {
@@ -489,6 +548,15 @@ static void monarch_cold_attend(const struct monarch_attend * attend, const stru
     }
     for (; ir < work->n_rows; ++ir) {
         monarch_cold_add<1>(head_dim, x, y, avx512, work->rows, ir);
+    }
+}
+
+// chosen pages lie anywhere: ask for them this many pages ahead
+#define MONARCH_PREFETCH 2
+
+static inline void monarch_cold_prefetch(const uint8_t * block, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) {
+        _mm_prefetch((const char *) block + i, _MM_HINT_T0);
     }
 }
 
@@ -511,14 +579,21 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
     cold.v_y    = monarch_lookup_init(points_v->y, 0);
     cold.layout = monarch_codec_get_layout(codec);
 
-    const size_t block_size = monarch_codec_block_size(codec);
+    const int64_t block_size = monarch_codec_block_size(codec);
 
     monarch_cold_quantize(attend, work, &avx512);
+    monarch_sums_clear(work, &avx512);
 
     for (int32_t ic = 0; ic < work->n_chosen; ++ic) {
         const struct monarch_table_entry * entry = &attend->table[work->chosen[ic]];
 
         const uint8_t * block = attend->pool + (entry->page*attend->n_head_kv + head_kv)*block_size;
+
+        if (ic + MONARCH_PREFETCH < work->n_chosen) {
+            const int64_t page = attend->table[work->chosen[ic + MONARCH_PREFETCH]].page;
+
+            monarch_cold_prefetch(attend->pool + (page*attend->n_head_kv + head_kv)*block_size, block_size);
+        }
 
         for (int32_t t0 = 0; t0 < codec->page_size; t0 += MONARCH_LANES) {
             const __mmask16 mask = (__mmask16) (entry->mask >> t0);
@@ -527,6 +602,8 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
             }
         }
     }
+
+    monarch_sums_add(work, &avx512);
 }
 
 //
@@ -596,17 +673,32 @@ static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, 
     }
 }
 
-// from physical to table order, and the pages' token counts
-static void monarch_score_gather(const struct monarch_attend * attend, const float * scores, const float * log_n, float * dst) {
+// where 16 table entries name consecutive physical pages, as they do until pages are recycled, no gather is needed
+static void monarch_score_find_runs(const struct monarch_attend * attend, int32_t * runs) {
     for (int32_t i = 0; i < attend->n_pages; i += MONARCH_LANES) {
-        const int32_t   n     = MONARCH_MIN(MONARCH_LANES, attend->n_pages - i);
-        const __mmask16 valid = (__mmask16) ((1u << n) - 1);
+        const int32_t n    = MONARCH_MIN(MONARCH_LANES, attend->n_pages - i);
+        const int32_t page = attend->table[i].page;
 
-        const __m512i pairs = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-        const __m512i index = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, pairs, attend->table + i, 4);
-        const __m512  score = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, index, scores, 4);
+        bool is_run = n == MONARCH_LANES;
+        for (int32_t j = 1; j < n; ++j) {
+            is_run &= attend->table[i + j].page == page + j;
+        }
+        runs[i/MONARCH_LANES] = is_run ? page : -1;
+    }
+}
 
-        _mm512_mask_storeu_ps(dst + i, valid, _mm512_add_ps(score, _mm512_maskz_loadu_ps(valid, log_n + i)));
+// from physical to table order, and the pages' token counts
+static void monarch_score_gather(const struct monarch_attend * attend, const struct monarch_avx512_work * avx512, const float * scores, float * dst) {
+    for (int32_t i = 0; i < attend->n_pages; i += MONARCH_LANES) {
+        const int32_t run = avx512->runs[i/MONARCH_LANES];
+
+        if (run >= 0) {
+            _mm512_storeu_ps(dst + i, _mm512_add_ps(_mm512_loadu_ps(scores + run), _mm512_loadu_ps(avx512->log_n + i)));
+            continue;
+        }
+        for (int32_t j = i; j < MONARCH_MIN(i + MONARCH_LANES, attend->n_pages); ++j) {
+            dst[j] = scores[attend->table[j].page] + avx512->log_n[j];
+        }
     }
 }
 
@@ -614,16 +706,15 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
     const int32_t head_dim   = attend->op.codec.head_dim;
-    const size_t  group_size = MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim);
+    const int64_t group_size = MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim);
+    const int64_t n_groups   = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
         log_table[i] = logf((float) i);
     }
 
-    // groups that hold none of the sequence's pages are skipped; log_n ends as the pages' values, rank serves as marks
-    const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
-
+    // groups that hold none of the sequence's pages are skipped; rank serves as marks
     uint8_t * used = (uint8_t *) work->rank;
     memset(used, 0, n_groups);
 
@@ -632,26 +723,28 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
         avx512.log_n[i] = log_table[__builtin_popcount(attend->table[i].mask)];
     }
 
-    for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_ROWS) {
-        const int64_t n = MONARCH_MIN(MONARCH_ROWS, work->n_rows - ir);
+    monarch_score_find_runs(attend, avx512.runs);
 
-        float scale[2*MONARCH_ROWS] = { 0 };
-        float sum  [2*MONARCH_ROWS] = { 0 };
+    for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_SCORE_ROWS) {
+        const int64_t n = MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir);
 
-        memset(avx512.q, 0, MONARCH_ROWS*2*head_dim);
+        float scale[2*MONARCH_SCORE_ROWS] = { 0 };
+        float sum  [2*MONARCH_SCORE_ROWS] = { 0 };
+
+        memset(avx512.q, 0, MONARCH_SCORE_ROWS*2*head_dim);
         for (int64_t r = 0; r < n; ++r) {
             monarch_score_quantize(attend, &work->rows[ir + r], avx512.q + r*2*head_dim, scale + 2*r, sum + 2*r);
         }
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (used[g]) {
-                monarch_score_group<MONARCH_ROWS>(head_dim, attend->summary + (g*attend->n_head_kv + head_kv)*group_size,
+                monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, attend->summary + (g*attend->n_head_kv + head_kv)*group_size,
                         avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }
 
         for (int64_t r = 0; r < n; ++r) {
-            monarch_score_gather(attend, avx512.scores + r*attend->n_pages_max, avx512.log_n, work->rows[ir + r].mass);
+            monarch_score_gather(attend, &avx512, avx512.scores + r*attend->n_pages_max, work->rows[ir + r].mass);
         }
     }
 }
