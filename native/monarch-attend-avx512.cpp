@@ -579,20 +579,18 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
     cold.v_y    = monarch_lookup_init(points_v->y, 0);
     cold.layout = monarch_codec_get_layout(codec);
 
-    const int64_t block_size = monarch_codec_block_size(codec);
-
     monarch_cold_quantize(attend, work, &avx512);
     monarch_sums_clear(work, &avx512);
 
     for (int32_t ic = 0; ic < work->n_chosen; ++ic) {
         const struct monarch_table_entry * entry = &attend->table[work->chosen[ic]];
 
-        const uint8_t * block = attend->pool + (entry->page*attend->n_head_kv + head_kv)*block_size;
+        const uint8_t * block = attend->pool + monarch_pool_offset(codec, attend->n_pages_max, head_kv, entry->page);
 
         if (ic + MONARCH_PREFETCH < work->n_chosen) {
             const int64_t page = attend->table[work->chosen[ic + MONARCH_PREFETCH]].page;
 
-            monarch_cold_prefetch(attend->pool + (page*attend->n_head_kv + head_kv)*block_size, block_size);
+            monarch_cold_prefetch(attend->pool + monarch_pool_offset(codec, attend->n_pages_max, head_kv, page), monarch_codec_block_size(codec));
         }
 
         for (int32_t t0 = 0; t0 < codec->page_size; t0 += MONARCH_LANES) {
@@ -705,9 +703,8 @@ static void monarch_score_gather(const struct monarch_attend * attend, const str
 static void monarch_avx512_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
-    const int32_t head_dim   = attend->op.codec.head_dim;
-    const int64_t group_size = MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim);
-    const int64_t n_groups   = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
+    const int32_t head_dim = attend->op.codec.head_dim;
+    const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
@@ -738,7 +735,7 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (used[g]) {
-                monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, attend->summary + (g*attend->n_head_kv + head_kv)*group_size,
+                monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
                         avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }

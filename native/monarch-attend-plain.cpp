@@ -122,15 +122,14 @@ static void monarch_plain_hot(const monarch_attend * attend, int64_t head_kv, mo
 static void monarch_plain_cold(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
     const monarch_codec * codec = &attend->op.codec;
 
-    const int64_t head_dim   = codec->head_dim;
-    const size_t  block_size = monarch_codec_block_size(codec);
+    const int64_t head_dim = codec->head_dim;
 
     const monarch_plain_work plain = monarch_plain_work_get((float *) work->kernel, head_dim);
 
     for (int32_t ic = 0; ic < work->n_chosen; ++ic) {
         const monarch_table_entry * entry = &attend->table[work->chosen[ic]];
 
-        const uint8_t * block = attend->pool + (entry->page*attend->n_head_kv + head_kv)*block_size;
+        const uint8_t * block = attend->pool + monarch_pool_offset(codec, attend->n_pages_max, head_kv, entry->page);
 
         monarch_codec_decode_page_k(codec, block, plain.k);
         monarch_codec_decode_page_v(codec, block, plain.v);
@@ -157,8 +156,7 @@ static void monarch_plain_cold(const monarch_attend * attend, int64_t head_kv, m
 }
 
 static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
-    const int32_t head_dim   = attend->op.codec.head_dim;
-    const size_t  group_size = MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim);
+    const int32_t head_dim = attend->op.codec.head_dim;
 
     const monarch_plain_work plain = monarch_plain_work_get((float *) work->kernel, head_dim);
 
@@ -170,7 +168,7 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
         for (int32_t i = 0; i < attend->n_pages; ++i) {
             const monarch_table_entry * entry = &attend->table[i];
 
-            const uint8_t * group = attend->summary + (entry->page/MONARCH_SUMMARY_GROUP*attend->n_head_kv + head_kv)*group_size;
+            const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, entry->page);
 
             row->mass[i] = attend->op.kq_scale*monarch_summary_score(head_dim, plain.query, group, entry->page%MONARCH_SUMMARY_GROUP) + logf(__builtin_popcount(entry->mask));
         }

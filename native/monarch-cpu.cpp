@@ -43,7 +43,7 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
     res.table       = (const monarch_table_entry *) (table + MONARCH_TABLE_HEADER);
     res.mode        = table[MONARCH_TABLE_MODE];
     res.n_pages     = table[MONARCH_TABLE_N_PAGES];
-    res.n_pages_max = dst->src[4]->ne[2];
+    res.n_pages_max = dst->src[4]->ne[1];
     res.n_head_kv   = res.k->ne[1];
     res.n_gqa       = res.q->ne[1]/res.n_head_kv;
     res.n_block     = monarch_attend_block_size(res.n_gqa, res.q->ne[2]);
@@ -59,7 +59,7 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
 static size_t monarch_attend_thread_size(const ggml_tensor * dst) {
     const int64_t n_gqa = dst->src[0]->ne[1]/dst->src[1]->ne[1];
 
-    return monarch_attend_work_size(dst->src[0]->ne[0], n_gqa, dst->src[0]->ne[2], dst->src[4]->ne[2]);
+    return monarch_attend_work_size(dst->src[0]->ne[0], n_gqa, dst->src[0]->ne[2], dst->src[4]->ne[1]);
 }
 
 static void monarch_attend_forward(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -156,6 +156,7 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
     const int32_t head_dim  = op.codec.head_dim;
     const int32_t page_size = op.codec.page_size;
     const int64_t n_head_kv = k->ne[1];
+    const int64_t n_pages   = pool->ne[1];
 
     float * k_page = (float *) params->wdata + params->ith*2*page_size*head_dim;
     float * v_page = k_page + page_size*head_dim;
@@ -164,20 +165,19 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
         const int64_t   h     = i%n_head_kv;
         const int32_t * out   = page_outs + 1 + (i/n_head_kv)*(1 + page_size);
         const int64_t   page  = out[0];
-        const int64_t   block = page*n_head_kv + h;
 
         monarch_page_out_read(k, h, out + 1, page_size, k_page);
         monarch_page_out_read(v, h, out + 1, page_size, v_page);
 
-        monarch_codec_encode_page(&op.codec, k_page, v_page, (uint8_t *) pool->data + block*monarch_codec_block_size(&op.codec));
+        monarch_codec_encode_page(&op.codec, k_page, v_page, (uint8_t *) pool->data + monarch_pool_offset(&op.codec, n_pages, h, page));
         monarch_summary_encode(op.scorer, head_dim, page_size, k_page,
-                (uint8_t *) summary->data + h*summary->nb[1] + page/MONARCH_SUMMARY_GROUP*summary->nb[2], page%MONARCH_SUMMARY_GROUP);
+                (uint8_t *) summary->data + monarch_summary_offset(head_dim, n_pages, h, page), page%MONARCH_SUMMARY_GROUP);
 
         // a recycled page starts without a past
-        monarch_head_state * head = monarch_state_head(state->data, pool->ne[2], h);
+        monarch_head_state * head = monarch_state_head(state->data, n_pages, h);
 
-        monarch_head_state_count     (head, pool->ne[2])[page] = 0;
-        monarch_head_state_importance(head, pool->ne[2])[page] = 0.0f;
+        monarch_head_state_count     (head, n_pages)[page] = 0;
+        monarch_head_state_importance(head, n_pages)[page] = 0.0f;
     }
 
     if (params->ith == 0) {

@@ -149,9 +149,9 @@ void monarch_kv_cache::restore_page(const monarch_stock_state & state, size_t i_
         monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k.data());
         monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v.data());
 
-        monarch_codec_encode_page(&op.codec, k.data(), v.data(), (uint8_t *) cold.pool->data + h*cold.pool->nb[1] + phys*cold.pool->nb[2]);
+        monarch_codec_encode_page(&op.codec, k.data(), v.data(), (uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys));
         monarch_summary_encode(op.scorer, head_dim, knobs.page_size, k.data(),
-                (uint8_t *) cold.summary->data + h*cold.summary->nb[1] + phys/MONARCH_SUMMARY_GROUP*cold.summary->nb[2], phys%MONARCH_SUMMARY_GROUP);
+                (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
 
         monarch_head_state_count     (get_head_state(i_layer, h), n_pages_max)[phys] = 0;
         monarch_head_state_importance(get_head_state(i_layer, h), n_pages_max)[phys] = 0.0f;

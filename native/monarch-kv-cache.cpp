@@ -141,8 +141,8 @@ monarch_kv_cache::monarch_kv_cache(
 
     for (const auto & layer : layers) {
         cold_layer cold = {
-            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_head_kv, n_pages_max),
-            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_head_kv, n_pages_max/MONARCH_SUMMARY_GROUP),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv),
+            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
             ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
         };
 
@@ -364,16 +364,14 @@ void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const size_t block = (size_t) page.phys*n_head_kv + h;
-
-            monarch_codec_decode_page_k(&op.codec, (const uint8_t *) cold.pool->data + block*cold.pool->ne[0], k.data());
+            monarch_codec_decode_page_k(&op.codec, (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, page.phys), k.data());
 
             for (int32_t i = 0; i < page.n_tokens && op.codec.bits_k != 16; ++i) {
                 monarch_codec_unrotate(head_dim, k.data() + i*head_dim);
             }
 
             monarch_summary_encode(op.scorer, head_dim, page.n_tokens, k.data(),
-                    (uint8_t *) cold.summary->data + h*cold.summary->nb[1] + page.phys/MONARCH_SUMMARY_GROUP*cold.summary->nb[2], page.phys%MONARCH_SUMMARY_GROUP);
+                    (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys), page.phys%MONARCH_SUMMARY_GROUP);
         }
     }
 }
@@ -658,8 +656,8 @@ monarch_stats monarch_kv_cache::get_stats() const {
     for (size_t i = 0; i < cold_layers.size(); ++i) {
         const cold_layer & cold = cold_layers[i];
 
-        res.cold_bytes    += table.n_pages()*cold.pool->nb[2];
-        res.summary_bytes += table.n_pages()*cold.summary->nb[2]/MONARCH_SUMMARY_GROUP;
+        res.cold_bytes    += table.n_pages()*n_head_kv*cold.pool->nb[1];
+        res.summary_bytes += table.n_pages()*n_head_kv*monarch_summary_size(head_dim);
         res.table_bytes   += ggml_nbytes(cold.state);
 
         const monarch_layer_state * layer = (const monarch_layer_state *) cold.state->data;
@@ -686,7 +684,7 @@ monarch_stats monarch_kv_cache::get_stats() const {
 
     res.table_bytes += n_pages_max*(sizeof(monarch_page_table::page) + sizeof(int32_t));
 
-    res.cold_bytes_per_token = (double) layers.size()*cold_layers[0].pool->nb[2]/knobs.page_size;
+    res.cold_bytes_per_token = (double) layers.size()*n_head_kv*cold_layers[0].pool->nb[1]/knobs.page_size;
 
     return res;
 }

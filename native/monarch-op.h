@@ -4,8 +4,8 @@
 //
 // Everything the op needs travels in tensors, so that graphs can be reused and split over devices:
 //
-//   pool      I8  [block_size, n_head_kv, n_pages]    cold records, monarch-codec.h
-//   summary   I8  [group_size, n_head_kv, n_pages/16] page summaries in groups of 16 pages, monarch-summary.h
+//   pool      I8  [block_size, n_pages, n_head_kv]    cold records, monarch-codec.h
+//   summary   I8  [group_size, n_pages/16, n_head_kv] page summaries in groups of 16 pages, monarch-summary.h
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
 //   table     I32 [MONARCH_TABLE_HEADER + 2*n_pages]  input: the step's knobs, then (physical page, token mask) per cold page
 //   page_outs I32 [1 + n_max*(1 + page_size)]         input: count, then (physical page, ring slots) per page to encode
@@ -13,6 +13,7 @@
 #include "ggml.h"
 
 #include "monarch-codec.h"
+#include "monarch-summary.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -45,6 +46,16 @@ enum monarch_table_field {
     MONARCH_TABLE_COMMITTED,           // the last step that succeeded
     MONARCH_TABLE_HEADER = 16,
 };
+
+// byte offset of a physical page's block of one KV head in the pool
+static inline size_t monarch_pool_offset(const struct monarch_codec * codec, int64_t n_pages, int64_t head_kv, int64_t page) {
+    return (head_kv*n_pages + page)*monarch_codec_block_size(codec);
+}
+
+// byte offset of the group that holds a physical page's summary of one KV head
+static inline size_t monarch_summary_offset(int32_t head_dim, int64_t n_pages, int64_t head_kv, int64_t page) {
+    return (head_kv*n_pages + page/MONARCH_SUMMARY_GROUP*MONARCH_SUMMARY_GROUP)*monarch_summary_size(head_dim);
+}
 
 // q: F32 [head_dim, n_head, n_tokens]; k, v: ring views [head_dim, n_head_kv, n_kv]; mask: F16 or F32 [n_kv, n_tokens]
 // returns F32 [head_dim, n_head, n_tokens]
