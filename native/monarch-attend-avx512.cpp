@@ -156,6 +156,17 @@ static inline __m512 monarch_ring_load(const struct ggml_tensor * t, int64_t hea
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
 }
 
+// a head's part of a slot is a few cache lines away from the next slot's: too far for the processor to guess
+static inline void monarch_hot_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t i0, int64_t n) {
+    for (int64_t i = i0; i < i0 + n; ++i) {
+        const char * src = (const char *) t->data + head_kv*t->nb[1] + i*t->nb[2];
+
+        for (int64_t j = 0; j < (int64_t) t->nb[1]; j += 64) {
+            _mm_prefetch(src + j, _MM_HINT_T0);
+        }
+    }
+}
+
 // n <= 16 slots of one head as f32, K transposed; what is missing is zero
 static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, struct monarch_avx512_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
@@ -271,6 +282,11 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
         if (!monarch_hot_is_visible(attend, work, i0, valid)) {
             continue;
         }
+
+        const int64_t n_next = MONARCH_MIN(MONARCH_LANES, n_kv - i0 - n);
+
+        monarch_hot_prefetch(attend->k, head_kv, i0 + n, n_next);
+        monarch_hot_prefetch(attend->v, head_kv, i0 + n, n_next);
 
         monarch_hot_load(attend, head_kv, i0, n, &avx512);
 
