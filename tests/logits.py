@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from child import run_child
 
 EXACT_CODEC = {"MONARCH_COLD_BITS_K": "16", "MONARCH_COLD_BITS_V": "16"}

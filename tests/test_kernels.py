@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from logits import Result, nmse, random_tokens, run_cases
+
 from models import write_random_model
 
 KERNELS = ["avx512"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from logits import EXACT_CODEC, Result, nmse, random_tokens, run_cases
+
 from models import write_random_model
 
 SHAPES = [  # head size, query heads, KV heads, architecture, tokens per ubatch
@@ -18,6 +19,8 @@ SHAPES = [  # head size, query heads, KV heads, architecture, tokens per ubatch
 ]
 
 N_PREFILL, N_DECODE = 300, 60
+
+FEW_STICKY = {"MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "48", "MONARCH_STICKY_THRESHOLD": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,9 @@ def test_the_oracle_sees_a_lost_page(
         assert nmse(got.logits[-1], want.logits[-1]) > 1e-5
 
 
-def test_flash_attention_mask_and_hot_types(patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]) -> None:
+def test_flash_attention_mask_and_hot_types(
+    patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]
+) -> None:
     """F16 masks (flash attention on) and every hot type; bf16 and q8_0 cost what their precision costs."""
     env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "32"}
     case = cases[1] | {"env": env, "flash_attn": True}
@@ -168,7 +173,7 @@ def test_tail_removal_at_any_depth(patched_bin: Path, stock_bin: Path, folder: P
 
 def test_clear_forgets(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
     """A cleared cache answers like a new one, promotions included."""
-    env = {"MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "48", "MONARCH_STICKY_THRESHOLD": "2"}
+    env = FEW_STICKY | {"MONARCH_MODE": "paged"}
     tokens = random_tokens(320)
     once = [["decode", 300]] + [["decode", 1]] * 20
     fresh = cases[1] | {"env": env, "tokens": tokens, "steps": once}
@@ -179,8 +184,8 @@ def test_clear_forgets(patched_bin: Path, folder: Path, cases: list[dict]) -> No
 
 @pytest.mark.parametrize("mode", ["paged", "exact"])
 def test_abort_at_every_node_changes_nothing(patched_bin: Path, folder: Path, cases: list[dict], mode: str) -> None:
-    """A prefill and some decodes, each aborted after node 1, 2, ...: then the same logits as undisturbed, to the bit."""
-    env = {"MONARCH_MODE": mode, "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "48", "MONARCH_STICKY_THRESHOLD": "2"}
+    """A prefill and some decodes, each aborted after node 1, 2, ...: then the same logits as undisturbed."""
+    env = FEW_STICKY | {"MONARCH_MODE": mode}
     case = cases[1] | {"env": env, "n_ubatch": 64, "tokens": random_tokens(240)}
     sizes = [100, 64] + [1] * 40
     calm = case | {"steps": [["decode", n] for n in sizes]}
