@@ -5,7 +5,7 @@ Standard input: a JSON list of cases; argument: the .npz to write. A case:
   env      MONARCH_* variables
   seed     order of physical pages (patched library)
   steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail; ["clear"]; ["abort", n] aborts a decode of n
-           tokens at every node in turn, then decodes them
+           tokens at every node in turn, then decodes them; ["save", file] and ["load", file, bytes] of a sequence state
   tokens   the tokens that decode steps take in order, position after position
 Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string.
 """
@@ -90,6 +90,20 @@ class Context:
             if status != 2:
                 return status, logits, limit - 1
 
+    def save(self, path: str) -> int:
+        data = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(self.ctx, 0))()
+        size = llama_cpp.llama_state_seq_get_data(self.ctx, data, len(data), 0)
+        with open(path, "wb") as file:
+            file.write(bytes(data[:size]))
+        return size
+
+    def load(self, path: str, n_bytes: int) -> int:
+        """Of the file's first n_bytes (all: -1); returns what the library took."""
+        with open(path, "rb") as file:
+            content = file.read(n_bytes)
+        data = (ctypes.c_uint8 * len(content)).from_buffer_copy(content)
+        return llama_cpp.llama_state_seq_set_data(self.ctx, data, len(data), 0)
+
     def close(self) -> None:
         llama_cpp.llama_free(self.ctx)
         llama_cpp.llama_model_free(self.model)
@@ -132,6 +146,11 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
         elif name == "clear":
             llama_cpp.llama_memory_clear(ctx.memory, True)
             pos = 0
+        elif name == "save":
+            info["status"].append(ctx.save(*args))
+        elif name == "load":
+            info["status"].append(ctx.load(*args))
+            pos = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) + 1
     info["n_reused"] = llama_cpp.llama_perf_context(ctx.ctx).n_reused
     info["pos_min"] = llama_cpp.llama_memory_seq_pos_min(ctx.memory, 0)
     info["pos_max"] = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0)
