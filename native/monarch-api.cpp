@@ -118,8 +118,9 @@ int32_t monarch_set_knobs(struct llama_context * ctx, const struct monarch_knobs
 int32_t monarch_get_stats(struct llama_context * ctx, struct monarch_stats * stats) {
     return monarch_api_call([&] {
         monarch_api_check(stats, "monarch_stats");
+        const monarch_kv_cache * cache = monarch_api_get_cache(ctx);
         llama_synchronize(ctx);
-        *stats = monarch_api_get_cache(ctx)->get_stats();
+        *stats = cache->get_stats();
         return 0;
     });
 }
@@ -140,9 +141,11 @@ int32_t monarch_get_pages(struct llama_context * ctx, llama_seq_id seq_id, struc
             throw std::runtime_error("sequence " + std::to_string(seq_id) + ": a paged context holds sequence 0 alone so far");
         }
 
-        const auto res = monarch_api_get_cache(ctx)->get_pages();
+        const monarch_kv_cache * cache = monarch_api_get_cache(ctx);
+        llama_synchronize(ctx);
+        const auto res = cache->get_pages();
 
-        std::copy_n(res.begin(), std::max<size_t>(0, std::min<size_t>(n_max, res.size())), pages);
+        std::copy_n(res.begin(), std::min<size_t>(std::max(n_max, 0), res.size()), pages);
 
         return (int32_t) res.size();
     });

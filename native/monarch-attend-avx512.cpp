@@ -733,7 +733,7 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
 
     for (int32_t i = 0; i < attend->n_pages; ++i) {
         used[attend->table[i].page/MONARCH_SUMMARY_GROUP] = 1;
-        avx512.log_n[i] = log_table[__builtin_popcount(attend->table[i].mask)];
+        avx512.log_n[i] = log_table[monarch_mask_count(attend->table[i].mask)];
     }
 
     monarch_score_find_runs(attend, avx512.runs);

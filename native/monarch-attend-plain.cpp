@@ -1,6 +1,7 @@
 // The plain path: pages are decoded to f32, then attended with f32 arithmetic. Every other kernel is tested against it.
 
 #include "monarch-attend.h"
+#include "monarch-convert.h"
 #include "monarch-summary.h"
 
 #include "ggml-impl.h"
@@ -8,7 +9,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 // tokens decoded at a time
 static const int64_t MONARCH_TILE = MONARCH_MAX_PAGE_SIZE;
@@ -80,16 +80,8 @@ static float monarch_mask_get(const ggml_tensor * mask, int64_t i_kv, int64_t i_
 
 // one head of n ring slots as f32
 static void monarch_ring_read(const ggml_tensor * t, int64_t head_kv, int64_t i0, int64_t n, float * dst) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(t->type)->to_float;
-
     for (int64_t i = 0; i < n; ++i) {
-        const char * src = (const char *) t->data + head_kv*t->nb[1] + (i0 + i)*t->nb[2];
-
-        if (t->type == GGML_TYPE_F32) {
-            memcpy(dst + i*t->ne[0], src, t->ne[0]*sizeof(float));
-        } else {
-            to_float(src, dst + i*t->ne[0], t->ne[0]);
-        }
+        monarch_convert_to_f32(t->type, (const char *) t->data + head_kv*t->nb[1] + (i0 + i)*t->nb[2], dst + i*t->ne[0], t->ne[0]);
     }
 }
 
@@ -170,7 +162,7 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
 
             const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, entry->page);
 
-            row->mass[i] = attend->op.kq_scale*monarch_summary_score(head_dim, plain.query, group, entry->page%MONARCH_SUMMARY_GROUP) + logf(__builtin_popcount(entry->mask));
+            row->mass[i] = attend->op.kq_scale*monarch_summary_score(head_dim, plain.query, group, entry->page%MONARCH_SUMMARY_GROUP) + logf((float) monarch_mask_count(entry->mask));
         }
     }
 }

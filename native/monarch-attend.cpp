@@ -219,8 +219,9 @@ void monarch_attend_block(
     const int64_t i_token0     = i_block*attend->n_block;
     const int64_t n_tokens     = std::min(attend->n_block, n_tokens_all - i_token0);
 
-    // the last block holds the present query: it alone moves the sticky state
-    const bool is_logged = attend->mode == MONARCH_MODE_PAGED && i_token0 + n_tokens == n_tokens_all;
+    // the last block holds the present query: it alone counts and moves the sticky state
+    const bool is_last   = i_token0 + n_tokens == n_tokens_all;
+    const bool is_logged = is_last && attend->mode == MONARCH_MODE_PAGED;
 
     const monarch_kernel * kernel = monarch_kernel_find(attend);
 
@@ -245,10 +246,11 @@ void monarch_attend_block(
 
     kernel->cold(attend, head_kv, &work);
 
-    count->n_promoted += work.n_chosen;
-    count->n_scored   += attend->mode == MONARCH_MODE_PAGED ? attend->n_pages : 0;
+    count->n_promoted += is_last ? work.n_chosen : 0;
 
     if (is_logged) {
+        count->n_scored += attend->n_pages;
+
         monarch_attend_log(attend, head_kv, &work);
     }
 

@@ -2,6 +2,7 @@
 
 #include "monarch-enums.h"
 #include "monarch-attend.h"
+#include "monarch-convert.h"
 #include "monarch-summary.h"
 
 #include "ggml-cpu-impl.h"
@@ -122,16 +123,8 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
 //
 
 static void monarch_page_out_read(const ggml_tensor * t, int64_t head_kv, const int32_t * slots, int32_t n, float * dst) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(t->type)->to_float;
-
     for (int32_t i = 0; i < n; ++i) {
-        const char * src = (const char *) t->data + head_kv*t->nb[1] + slots[i]*t->nb[2];
-
-        if (t->type == GGML_TYPE_F32) {
-            memcpy(dst + i*t->ne[0], src, t->ne[0]*sizeof(float));
-        } else {
-            to_float(src, dst + i*t->ne[0], t->ne[0]);
-        }
+        monarch_convert_to_f32(t->type, (const char *) t->data + head_kv*t->nb[1] + slots[i]*t->nb[2], dst + i*t->ne[0], t->ne[0]);
     }
 }
 

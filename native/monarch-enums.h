@@ -14,3 +14,9 @@ enum monarch_scorer {
     MONARCH_SCORER_MINMAX  = 0,
     MONARCH_SCORER_MEANSTD = 1,
 };
+
+enum monarch_cold_tier {
+    MONARCH_COLD_TIER_AUTO   = 0,
+    MONARCH_COLD_TIER_DEVICE = 1,
+    MONARCH_COLD_TIER_RAM    = 2,
+};

@@ -49,12 +49,16 @@ ggml_tensor * monarch_graph_build_attn(
         ggml_tensor             * q,
         ggml_tensor             * k,
         ggml_tensor             * v,
+        ggml_tensor             * kq_b,
+        ggml_tensor             * sinks,
         float                     kq_scale,
         int                       il) {
     const auto * paged = dynamic_cast<const monarch_graph_input *>(inp);
     if (!paged) {
         return nullptr;
     }
+
+    GGML_ASSERT(!kq_b && !sinks); // no architecture that has them is let in
 
     const monarch_kv_cache * cache  = paged->get_cache();
     const monarch_op_params  params = cache->get_op_params(il, kq_scale);

@@ -22,5 +22,7 @@ ggml_tensor * monarch_graph_build_attn(
         ggml_tensor             * q,
         ggml_tensor             * k,
         ggml_tensor             * v,
+        ggml_tensor             * kq_b,
+        ggml_tensor             * sinks,
         float                     kq_scale,
         int                       il);

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <locale>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -106,10 +108,12 @@ static bool monarch_knob_parse(const monarch_knob & knob, const std::string & te
         return it != knob.choices.end();
     }
 
-    char * end = nullptr;
-    const double value = strtod(text.c_str(), &end);
+    // a decimal point whatever the program's locale says
+    std::istringstream stream(text);
+    stream.imbue(std::locale::classic());
 
-    if (text.empty() || *end != '\0' || !(value >= knob.least && value <= knob.greatest)) {
+    double value;
+    if (!(stream >> value) || !stream.eof() || !(value >= knob.least && value <= knob.greatest)) {
         return false;
     }
 
@@ -164,7 +168,7 @@ static std::string monarch_knobs_check_together(const monarch_knobs & knobs) {
     if (knobs.hot_window < knobs.page_size) {
         return "hot_window = " + str(knobs.hot_window) + ": must be at least page_size = " + str(knobs.page_size);
     }
-    if (knobs.cold_tier == 1) {
+    if (knobs.cold_tier == MONARCH_COLD_TIER_DEVICE) {
         return "cold_tier = device: not supported yet; use auto or ram";
     }
     if (knobs.frames != 0) {
@@ -212,6 +216,9 @@ static monarch_knobs monarch_knobs_from_env() {
 
     const char * on = getenv("MONARCH");
 
+    if (on && strcmp(on, "0") != 0 && strcmp(on, "1") != 0) {
+        throw std::runtime_error(std::string("MONARCH = ") + on + ": must be 0 or 1");
+    }
     if (!getenv("MONARCH_MODE") && !(on && strcmp(on, "1") == 0)) {
         res.mode = MONARCH_MODE_OFF;
         return res;

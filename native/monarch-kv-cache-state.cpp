@@ -1,6 +1,8 @@
 // Restoring a stock sequence state into a paged cache: everything is read and checked first, then paged out on the way in.
 
 #include "monarch-kv-cache.h"
+
+#include "monarch-convert.h"
 #include "monarch-summary.h"
 
 #include "llama-hparams.h"
@@ -12,6 +14,7 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 // rows of one layer, in the order of the state's cells
@@ -41,7 +44,7 @@ static void monarch_state_check(bool ok, const char * what) {
     }
 }
 
-static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n_max, monarch_stock_state & state) {
+static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n_max, bool is_whole, monarch_stock_state & state) {
     const uint32_t n = monarch_state_get<uint32_t>(io);
     monarch_state_check(n <= n_max, "it holds more tokens than n_ctx");
 
@@ -50,7 +53,10 @@ static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n_max, monar
         state.pos[i] = monarch_state_get<llama_pos>(io);
 
         monarch_state_check(monarch_state_get<uint32_t>(io) == 1, "a cell belongs to several sequences");
-        monarch_state_get<llama_seq_id>(io);
+
+        // restoring one sequence gives it a new number, restoring a whole context does not
+        const llama_seq_id seq_id = monarch_state_get<llama_seq_id>(io);
+        monarch_state_check(!is_whole || seq_id == 0, "it holds a sequence other than 0");
     }
 
     state.order.resize(n);
@@ -101,8 +107,11 @@ void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, lla
     monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
     monarch_state_check(monarch_state_get<uint32_t>(io) == 1, "it holds several streams");
 
+    // stock keeps quantised K and V rotated
+    monarch_state_check(!ggml_is_quantized(type_k()) && !ggml_is_quantized(type_v()), "quantised K or V states are not supported");
+
     monarch_stock_state state;
-    monarch_state_read_cells(io, n_ctx, state);
+    monarch_state_read_cells(io, n_ctx, seq_id == -1, state);
 
     if (!state.pos.empty()) {
         const bool is_transposed = monarch_state_get<uint32_t>(io) != 0;
@@ -123,16 +132,10 @@ void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, lla
 
 // cells [i0, i0 + n) in order of position as f32, one KV head
 static void monarch_state_convert(const monarch_stock_state & state, const monarch_state_rows & rows, ggml_type type, size_t i0, int32_t n, uint32_t head_kv, int32_t head_dim, float * dst) {
-    const ggml_to_float_t to_float = ggml_get_type_traits(type)->to_float;
-
     for (int32_t i = 0; i < n; ++i, dst += head_dim) {
         const uint8_t * src = rows.data.data() + state.order[i0 + i]*rows.row_size + head_kv*ggml_row_size(type, head_dim);
 
-        if (to_float) {
-            to_float(src, dst, head_dim);
-        } else {
-            memcpy(dst, src, head_dim*sizeof(float));
-        }
+        monarch_convert_to_f32(type, src, dst, head_dim);
     }
 }
 
@@ -140,17 +143,17 @@ void monarch_kv_cache::restore_page(const monarch_stock_state & state, size_t i_
     const monarch_op_params op   = get_op_params(0, 0.0f);
     const cold_layer      & cold = cold_layers[i_layer];
 
-    std::vector<float> k(knobs.page_size*head_dim);
-    std::vector<float> v(knobs.page_size*head_dim);
+    float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
+    float v[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
 
     const int32_t phys = table.get_pages()[i_page].phys;
 
     for (uint32_t h = 0; h < n_head_kv; ++h) {
-        monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k.data());
-        monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v.data());
+        monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
+        monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v);
 
-        monarch_codec_encode_page(&op.codec, k.data(), v.data(), (uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys));
-        monarch_summary_encode(op.scorer, head_dim, knobs.page_size, k.data(),
+        monarch_codec_encode_page(&op.codec, k, v, (uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys));
+        monarch_summary_encode(op.scorer, head_dim, knobs.page_size, k,
                 (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
 
         monarch_head_state_count     (get_head_state(i_layer, h), n_pages_max)[phys] = 0;
@@ -194,8 +197,13 @@ void monarch_kv_cache::restore(const monarch_stock_state & state) {
     };
 
     std::vector<std::thread> threads;
-    for (uint32_t i = 1; i < n_threads; ++i) {
-        threads.emplace_back(worker);
+    threads.reserve(n_threads);
+    try {
+        for (uint32_t i = 1; i < n_threads; ++i) {
+            threads.emplace_back(worker);
+        }
+    } catch (const std::system_error &) {
+        LLAMA_LOG_WARN("%s: only %zu threads could be started\n", __func__, threads.size() + 1);
     }
     worker();
     for (auto & thread : threads) {

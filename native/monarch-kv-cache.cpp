@@ -264,6 +264,9 @@ llama_memory_context_ptr monarch_kv_cache::init_batch(llama_batch_allocr & ballo
     }
 
     if (balloc.get_n_used() < balloc.get_n_tokens() || !fits(ubatches)) {
+        if (table.n_free() == 0) {
+            LLAMA_LOG_WARN("%s: no free page: removed tails left too many short pages\n", __func__);
+        }
         return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
@@ -287,7 +290,7 @@ void monarch_kv_cache::schedule_page_outs() {
 
     const llama_pos end = seq_pos_max(0) + 1 - knobs.hot_window + 1;
 
-    const size_t n_out_max = std::min<size_t>(table.n_free(), n_ubatch/knobs.page_size + 2);
+    const size_t n_out_max = std::min<size_t>(table.n_free(), n_page_outs_max());
 
     auto it = in_order.lower_bound({ knobs.sink_tokens, 0 });
 
@@ -316,7 +319,8 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     apply_ubatch(sinfo, ubatch);
     schedule_page_outs();
 
-    mode = resolve_mode();
+    mode       = resolve_mode();
+    n_attended = table.n_pages();
     step++;
 
     return sinfo;
@@ -325,8 +329,8 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
 void monarch_kv_cache::commit() {
     committed = step;
 
-    run_promotion_hooks();
-    run_page_out_hooks();
+    const monarch_hooks hooks_now = hooks;
+    const auto          events    = collect_events();
 
     for (const auto & out : pending) {
         table.push(out.first_pos, knobs.page_size);
@@ -339,6 +343,11 @@ void monarch_kv_cache::commit() {
     n_page_outs += pending.size();
 
     pending.clear();
+
+    // last: a hook may change anything
+    for (const auto & [hook, event] : events) {
+        hook(&event, hooks_now.user_data);
+    }
 }
 
 //
@@ -354,6 +363,26 @@ void monarch_kv_cache::clear(bool data) {
 
     table.clear();
     pending.clear();
+
+    forget_logs();
+}
+
+// what the last step promoted counts, but its pages are gone
+void monarch_kv_cache::forget_logs() {
+    for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            monarch_head_state * head = get_head_state(i, h);
+
+            if (head->step == committed) {
+                head->n_promotions += head->log_promoted;
+                head->n_scored     += head->log_scored;
+            }
+
+            head->n_log        = 0;
+            head->log_promoted = 0;
+            head->log_scored   = 0;
+        }
+    }
 }
 
 // the summary of a page that lost its tail, from what is left of it
@@ -532,9 +561,7 @@ ggml_tensor * monarch_kv_cache::build_input_table(ggml_context * ctx) const {
 }
 
 ggml_tensor * monarch_kv_cache::build_input_page_outs(ggml_context * ctx) const {
-    const int64_t n_out_max = n_ubatch/knobs.page_size + 2;
-
-    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1 + n_out_max*(1 + knobs.page_size));
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1 + n_page_outs_max()*(1 + knobs.page_size));
 
     ggml_set_input(res);
     ggml_set_name(res, "monarch_page_outs");
@@ -550,7 +577,7 @@ void monarch_kv_cache::set_input_table(ggml_tensor * dst) const {
     data[MONARCH_TABLE_N_PAGES]          = table.n_pages();
     data[MONARCH_TABLE_MODE]             = mode;
     data[MONARCH_TABLE_PROMOTE_PAGES]    = knobs.promote_tokens/knobs.page_size;
-    data[MONARCH_TABLE_DENSE_PAGES]      = knobs.dense_tokens/knobs.page_size;
+    data[MONARCH_TABLE_DENSE_PAGES]      = std::max(knobs.dense_tokens, knobs.promote_tokens)/knobs.page_size;
     data[MONARCH_TABLE_STICKY_THRESHOLD] = knobs.sticky_threshold;
     data[MONARCH_TABLE_STEP]             = step;
     data[MONARCH_TABLE_COMMITTED]        = committed;
@@ -589,23 +616,22 @@ bool monarch_kv_cache::is_sticky(uint8_t count) const {
     return knobs.sticky_threshold > 0 && count >= knobs.sticky_threshold;
 }
 
-void monarch_kv_cache::run_page_out_hooks() const {
-    if (!hooks.on_page_out) {
-        return;
+// what the step's hooks will be told: promotions first, then page-outs
+std::vector<std::pair<monarch_hook, monarch_event>> monarch_kv_cache::collect_events() const {
+    std::vector<std::pair<monarch_hook, monarch_event>> res;
+
+    if (hooks.on_promote || hooks.on_sticky) {
+        collect_promotions(res);
     }
 
-    for (const auto & out : pending) {
-        const monarch_event event = { 0, -1, -1, out.first_pos, knobs.page_size, 0.0f, 0.0f };
-
-        hooks.on_page_out(&event, hooks.user_data);
+    for (size_t i = 0; i < pending.size() && hooks.on_page_out; ++i) {
+        res.push_back({ hooks.on_page_out, { 0, -1, -1, pending[i].first_pos, knobs.page_size, 0.0f, 0.0f } });
     }
+
+    return res;
 }
 
-void monarch_kv_cache::run_promotion_hooks() const {
-    if (!hooks.on_promote && !hooks.on_sticky) {
-        return;
-    }
-
+void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const {
     std::vector<const monarch_page_table::page *> by_phys(n_pages_max);
     for (const auto & page : table.get_pages()) {
         by_phys[page.phys] = &page;
@@ -628,11 +654,11 @@ void monarch_kv_cache::run_promotion_hooks() const {
                 const monarch_event event = { 0, (int32_t) layers[i].il, (int32_t) h, page->first_pos, page->n_tokens, log[j].estimated, log[j].measured };
 
                 if (hooks.on_promote) {
-                    hooks.on_promote(&event, hooks.user_data);
+                    res.push_back({ hooks.on_promote, event });
                 }
                 // this promotion is counted when the next step applies the log
                 if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && is_sticky(std::min(count[log[j].page] + 1, 255))) {
-                    hooks.on_sticky(&event, hooks.user_data);
+                    res.push_back({ hooks.on_sticky, event });
                 }
             }
         }
@@ -705,7 +731,7 @@ std::vector<monarch_page> monarch_kv_cache::get_pages() const {
 
             for (size_t j = 0; j < res.size(); ++j) {
                 res[j].n_sticky   += is_sticky(count[table.get_pages()[j].phys]);
-                res[j].n_promoted += mode == MONARCH_MODE_EXACT;
+                res[j].n_promoted += mode == MONARCH_MODE_EXACT && j < n_attended;
             }
 
             const monarch_log_entry * log = monarch_head_state_log(head);

@@ -120,8 +120,12 @@ private:
     void     restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0);
     void     restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot);
 
-    void     run_page_out_hooks() const;
-    void     run_promotion_hooks() const;
+    void     forget_logs();
+    uint32_t n_page_outs_max() const { return n_ubatch/knobs.page_size + 2; } // of one step
+
+    std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
+
+    void collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const;
 
     monarch_head_state * get_head_state(size_t il_kv, uint32_t head_kv) const;
 
@@ -138,9 +142,10 @@ private:
     monarch_page_table    table;
     std::vector<page_out> pending;
 
-    int32_t  mode      = MONARCH_MODE_EXACT; // of the present step: auto is resolved
-    int32_t  step      = 0;
-    int32_t  committed = 0;
+    int32_t  mode       = MONARCH_MODE_EXACT; // of the present step: auto is resolved
+    uint32_t n_attended = 0;                 // cold pages there were in the present step
+    int32_t  step       = 0;
+    int32_t  committed  = 0;
     uint64_t n_page_outs = 0;
 
     std::vector<cold_layer> cold_layers;

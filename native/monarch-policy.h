@@ -19,6 +19,15 @@ struct monarch_table_entry {
     uint32_t mask; // valid tokens
 };
 
+// tokens of a page that are valid
+static inline int32_t monarch_mask_count(uint32_t mask) {
+    int32_t res = 0;
+    for (; mask; mask &= mask - 1) {
+        res++;
+    }
+    return res;
+}
+
 // sticky state moves on by one step, if the log in `head` is that of the last step that succeeded
 void monarch_policy_apply_log(const struct monarch_policy * policy, struct monarch_head_state * head, int64_t n_pages_max, int32_t committed);
 

@@ -42,7 +42,7 @@ struct monarch_stats {
     uint64_t n_pages;              // cold pages
     uint64_t n_page_outs;          // pages, since creation
     uint64_t n_page_ins;           // (page, layer, KV head) copies to a faster tier, since creation
-    uint64_t n_promotions;         // (page, layer, KV head) events, since creation
+    uint64_t n_promotions;         // (page, layer, KV head) events, since creation; of a prompt batch, its last block of queries
     uint64_t n_promoted;           // (page, layer, KV head) taking part in the last step
     uint64_t n_sticky;             // (page, layer, KV head), now
     uint64_t n_scored;             // (page, layer, KV head) summaries scored, since creation
@@ -77,7 +77,7 @@ struct monarch_event {
 
 typedef void (*monarch_hook)(const struct monarch_event * event, void * user_data);
 
-// called after a step succeeded, on the thread that called llama_decode
+// called after a step succeeded, on the thread that called llama_decode; may use the context as after llama_decode
 struct monarch_hooks {
     uint32_t     struct_size;
     monarch_hook on_page_out;
