@@ -163,7 +163,7 @@ def _print(settings: Settings, speed: Sequence[Row], quality: Sequence[Row], mem
     console = Console(file=sys.stdout, highlight=False)
     first = speed[0]
     console.print(
-        f"{settings.model.name}, {first['n_threads']} threads, repetitions: {settings.reps} "
-        "(mean and standard deviation), after one thrown away"
+        f"{settings.model.name}, {first['n_threads']} threads, {settings.reps} repetitions after one thrown away: "
+        "median ± standard deviation"
     )
     print_report(console, speed, quality, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -14,6 +15,7 @@ from .chat_view import MIB
 
 # nearer to stock than this is called equal
 _MARGIN = 0.05
+_NOISY = 0.20  # standard deviation over mean
 
 Test = tuple[int, int, int]  # depth, prompt tokens, generated tokens
 
@@ -25,7 +27,7 @@ class Speeds:
         self._best: dict[tuple[str, Test], Row] = {}
         for row in rows:
             key = row["arm"], _test(row)
-            if key not in self._best or row["avg_ts"] > self._best[key]["avg_ts"]:
+            if key not in self._best or _speed(row) > _speed(self._best[key]):
                 self._best[key] = row
 
     @property
@@ -41,14 +43,14 @@ class Speeds:
 
     def ratio(self, arm: str, test: Test) -> float | None:
         row, stock = self.row(arm, test), self.row(STOCK, test)
-        return row["avg_ts"] / stock["avg_ts"] if row and stock else None
+        return _speed(row) / _speed(stock) if row and stock else None
 
 
 def print_report(console: Console, speed: Sequence[Row], quality: Sequence[Row], memory: Sequence[Row]) -> None:
     speeds = Speeds(speed)
     console.print(_speed_table(speeds))
     console.print(_memory_table(quality, memory))
-    for line in _notes(speeds, memory):
+    for line in [*_stock_notes(speeds), *_noise_notes(speed), *_nothing_cold_notes(memory)]:
         console.print(line, highlight=False)
 
 
@@ -72,8 +74,8 @@ def _speed_cells(speeds: Speeds, arm: str, test: Test) -> tuple[str, str]:
     row, ratio = speeds.row(arm, test), speeds.ratio(arm, test)
     if row is None:
         return "-", "-"
-    noise = f" ±{100 * row['stddev_ts'] / row['avg_ts']:.0f}%" if len(row["samples_ts"]) > 1 else ""
-    return f"{row['avg_ts']:.1f}{noise}", _ratio_cell(ratio)
+    noise = f" ±{100 * _noise(row):.0f}%" if len(row["samples_ts"]) > 1 else ""
+    return f"{_speed(row):.1f}{noise}", _ratio_cell(ratio)
 
 
 def _ratio_cell(ratio: float | None) -> str:
@@ -101,10 +103,6 @@ def _page_cells(row: Row) -> tuple[str, str, str]:
     return str(stats["n_hot"]), str(stats["n_cold"]), str(stats["n_promotions"])
 
 
-def _notes(speeds: Speeds, memory: Sequence[Row]) -> list[str]:
-    return [*_stock_notes(speeds), *_nothing_cold_notes(memory)]
-
-
 def _stock_notes(speeds: Speeds) -> list[str]:
     rows = [(test, speeds.row(STOCK, test)) for test in speeds.tests]
     faster = [f"{_name(test)} -fa {int(row['flash_attn'])}" for test, row in rows if row]
@@ -116,6 +114,22 @@ def _nothing_cold_notes(memory: Sequence[Row]) -> list[str]:
     if not paged or any(stats["n_cold"] for stats in paged):
         return []
     return ["nothing was paged: every token fits in the hot window; compare at a greater depth"]
+
+
+def _noise_notes(rows: Sequence[Row]) -> list[str]:
+    noisy = sum(_noise(row) > _NOISY for row in rows)
+    if not noisy:
+        return []
+    return [f"{noisy} of {len(rows)} rows vary by more than {100 * _NOISY:.0f}%: stop other programs, or raise --reps"]
+
+
+def _speed(row: Row) -> float:
+    """One slow repetition on a busy machine says nothing about an arm."""
+    return statistics.median(row["samples_ts"])
+
+
+def _noise(row: Row) -> float:
+    return row["stddev_ts"] / row["avg_ts"]
 
 
 def _name(test: Test) -> str:

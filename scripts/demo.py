@@ -30,7 +30,7 @@ NEEDLE = 2  # of ten, a quarter into the document
 # the recall model has two layers only: dense, both of them would promote the whole of this document
 KNOBS = ["--dense-layers", "0"]
 
-AB = ["--depths", f"0,{N_TOKENS}", "--reps", "2", "-n", "32"]
+AB = ["--depths", f"0,{N_TOKENS}", "--reps", "3", "-n", "256"]
 
 MODES = {
     "off": "llama.cpp's own cache: everything stays, in 16 bits per value.",
@@ -72,11 +72,13 @@ def introduce(haystack: Haystack, needle: Needle) -> None:
 
 def ask(mode: str, needle: Needle) -> bool:
     """Whether the answer was right."""
-    console.print(f"\n[bold]{mode}[/]: {MODES[mode]}")
+    console.print()
+    console.print(f"[bold]{mode}[/]: {MODES[mode]}")
     arguments = [str(MODEL), "-f", str(DOCUMENT), "-p", f"{needle.question.strip()}?", "--temp", "0", "--mode", mode]
     answer = run("chat", [*arguments, *(KNOBS if mode == "paged" else [])], stdout=subprocess.PIPE).stdout.strip()
     correct = answer == needle.answer.strip()
-    console.print(f"  answer: [bold]{answer}[/]  ({'correct' if correct else 'not the passphrase'})")
+    verdict = "[green]correct[/]" if correct else "[red]not the passphrase[/]"
+    console.print(f"  question: {needle.question.strip()}?\n  answer:   [bold]{answer}[/]  {verdict}")
     return correct
 
 
@@ -84,7 +86,7 @@ def compare() -> None:
     headline("2. Beside unmodified llama.cpp: speed, memory, recall")
     say("""
         The same source, built twice: stock is unmodified, the other arms are the patched build. Each is timed by
-        llama.cpp's own llama-bench. Ten passphrases are asked for. This takes a few minutes.
+        llama.cpp's own llama-bench. Ten passphrases are asked for. This takes about two minutes.
     """)
     run("ab", [str(MODEL), *AB, *KNOBS])
 

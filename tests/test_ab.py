@@ -58,6 +58,14 @@ def test_stock_is_judged_by_its_better_setting():
     assert speeds.ratio("exact", test) is None
 
 
+def test_one_slow_repetition_does_not_count_and_is_reported(capsys):
+    rows = [speed_row("stock", [100.0, 100.0, 100.0]), speed_row("paged", [120.0, 10.0, 120.0])]
+    assert Speeds(rows).ratio("paged", (0, 0, 100)) == 1.2
+    memory = [{"arm": "stock", "kv_bytes": 1, "n_tokens": 1, "stats": None}]
+    print_report(Console(width=80), rows, [], memory)
+    assert "1 of 2 rows vary by more than 20%" in capsys.readouterr().out
+
+
 STATS = dict(mode="paged", n_layer=2, n_head_kv=3, n_cold=160, n_pages=10, n_promoted=6, n_promotions=5)
 
 
