@@ -196,3 +196,30 @@ def test_abort_at_every_node_changes_nothing(patched_bin: Path, folder: Path, ca
     assert min(got.info["aborts"]) > 20
     assert np.array_equal(got.logits, want.logits)
     assert got.info["stats"] == want.info["stats"]
+
+
+def test_other_architectures_are_refused_when_paging_is_on(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    model = write_random_model(folder / "internlm2.gguf", arch="internlm2", head_dim=32)
+    case = cases[1] | {"model": str(model)}
+    (off,) = run_cases(patched_bin, folder, [case | {"env": {}}])
+    assert np.isfinite(off.logits).all()
+    with pytest.raises(AssertionError, match="monarch: architecture internlm2 is not supported"):
+        run_cases(patched_bin, folder, [case | {"env": {"MONARCH": "1"}}])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error"),
+    [
+        ({"MONARCH": "yes"}, "MONARCH = yes: must be 0 or 1"),
+        ({"MONARCH_MODE": "fast"}, "MONARCH_MODE = fast: must be one of off window paged exact auto"),
+        ({"MONARCH": "1", "MONARCH_HOT_WINDOW": "8"}, "MONARCH_HOT_WINDOW = 8: must be from 16 to 1048576"),
+        ({"MONARCH": "1", "MONARCH_PAGE_SIZE": "12"}, "page_size = 12: must be 8, 16 or 32"),
+        ({"MONARCH": "1", "MONARCH_FRAMES": "4"}, "frames = 4: not supported yet"),
+        ({"MONARCH": "1", "MONARCH_COLD_TIER": "device"}, "cold_tier = device: not supported yet"),
+    ],
+)
+def test_bad_knobs_are_refused_by_name(
+    patched_bin: Path, folder: Path, cases: list[dict], knobs: dict[str, str], error: str
+) -> None:
+    with pytest.raises(AssertionError, match=f"failed to initialize the context: monarch: {error}"):
+        run_cases(patched_bin, folder, [cases[1] | {"env": knobs}])
