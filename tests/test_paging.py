@@ -7,6 +7,7 @@ import pytest
 from logits import EXACT_CODEC, Result, nmse, random_tokens, run_cases
 
 from models import write_random_model
+from monarch_llamacpp import recall
 
 SHAPES = [  # head size, query heads, KV heads, architecture, tokens per ubatch
     (32, 4, 4, "llama", 1),
@@ -53,6 +54,15 @@ def test_paging_off_is_bit_identical(patched_bin: Path, folder: Path, cases: lis
     for got, want in zip(run_patched(patched_bin, folder, cases, {}), stock, strict=True):
         assert np.array_equal(got.logits, want.logits)
         assert got.info["stats"] == {}
+
+
+def test_paging_off_is_bit_identical_on_the_recall_model(patched_bin: Path, stock_bin: Path, folder: Path) -> None:
+    recall.write_recall_model(folder / "recall.gguf")
+    steps = [["decode", N_PREFILL]] + [["decode", 1]] * N_DECODE
+    case = {"model": str(folder / "recall.gguf"), "n_ctx": 640, "n_ubatch": 128, "steps": steps}
+    case["tokens"] = random_tokens(N_PREFILL + N_DECODE)
+    (want,), (got,) = run_cases(stock_bin, folder, [case]), run_cases(patched_bin, folder, [case])
+    assert np.array_equal(got.logits, want.logits)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
