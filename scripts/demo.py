@@ -86,7 +86,7 @@ def compare() -> None:
     headline("2. Beside unmodified llama.cpp: speed, memory, recall")
     say("""
         The same source, built twice: stock is unmodified, the other arms are the patched build. Each is timed by
-        llama.cpp's own llama-bench. Ten passphrases are asked for. This takes about two minutes.
+        llama.cpp's own llama-bench. Ten passphrases are asked for. This takes a few minutes, longer on a busy machine.
     """)
     run("ab", [str(MODEL), *AB, *KNOBS])
 
