@@ -17,19 +17,25 @@
 
 #define MONARCH_LANES 16
 
-// rows that share one load
-#define MONARCH_ROWS       4
+// cold tokens that share one rounding of their weights, in groups of MONARCH_LANES
+#define MONARCH_GROUPS 2
+#define MONARCH_TILE   (MONARCH_GROUPS*MONARCH_LANES)
+
 #define MONARCH_SCORE_ROWS 8
+
+// a constant, so that the rows of a block are at constant offsets
+#define MONARCH_Q_STRIDE MONARCH_MAX_HEAD_DIM
 
 #define MONARCH_MIN(a, b) ((a) < (b) ? (a) : (b))
 
 struct monarch_avx512_work {
-    int8_t  * q;       // [n_rows][head_dim] quantised queries, in the order of the K codes; summary weights while scoring
+    int8_t  * q;       // [n_rows][MONARCH_Q_STRIDE] quantised queries, in the order of the K codes; summary weights while scoring
     int32_t * q_bias;  // [n_rows] what adding 128 to K adds to the dot products
     float   * q_scale; // [n_rows]
     float   * sums;    // [n_rows][16] what the present stage adds to the rows' sums, lane by lane
     float   * weights; // [8][16]
-    uint8_t * w;       // [n_rows][16] quantised weights
+    float   * logits;  // [n_rows][MONARCH_TILE] of cold tokens
+    uint8_t * w;       // [n_rows][MONARCH_TILE] quantised weights
     float   * w_scale; // [n_rows]
     float   * k;       // [head_dim][16] one tile of hot K, transposed
     float   * v;       // [16][head_dim]
@@ -41,12 +47,13 @@ struct monarch_avx512_work {
 static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     char * ptr = base;
 
-    work->q       = (int8_t  *) ptr; ptr += (n_rows + MONARCH_SCORE_ROWS)*2*head_dim;
+    work->q       = (int8_t  *) ptr; ptr += (n_rows + MONARCH_SCORE_ROWS*2)*MONARCH_Q_STRIDE;
     work->q_bias  = (int32_t *) ptr; ptr += (n_rows*sizeof(int32_t) + 63)/64*64;
     work->q_scale = (float   *) ptr; ptr += (n_rows*2*sizeof(float) + 63)/64*64;
     work->sums    = (float   *) ptr; ptr += n_rows*MONARCH_LANES*sizeof(float);
     work->weights = (float   *) ptr; ptr += 8*MONARCH_LANES*sizeof(float);
-    work->w       = (uint8_t *) ptr; ptr += (n_rows*MONARCH_LANES + 63)/64*64;
+    work->logits  = (float   *) ptr; ptr += n_rows*MONARCH_TILE*sizeof(float);
+    work->w       = (uint8_t *) ptr; ptr += (n_rows*MONARCH_TILE + 63)/64*64;
     work->w_scale = (float   *) ptr; ptr += (n_rows*sizeof(float) + 63)/64*64;
     work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
@@ -70,24 +77,19 @@ static bool monarch_avx512_supports(const struct monarch_op_params * op, const s
         op->codec.page_size >= MONARCH_LANES && op->codec.bits_k <= 4 && op->codec.bits_v <= 4 && !op->codec.residual_k;
 }
 
-// e^x for x <= 0; Cephes polynomial, relative error below 2e-7
+// e^x for x <= 0, relative error below 1e-6: 2^y by a polynomial that is least-maximum on [0, 1)
 static inline __m512 monarch_exp(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-100.0f));
+    const __m512 y = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
+    const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
 
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(1.877575949e-03f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.989341848e-03f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.582631658e-02f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.401536175e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931530731e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999999251e-01f));
 
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-
-    return _mm512_scalef_ps(p, n);
+    return _mm512_scalef_ps(p, y);
 }
 
 // softmax weights of 16 tokens on the scale of row->max, which grows if it must; masked tokens weigh nothing
@@ -156,23 +158,25 @@ static inline __m512 monarch_ring_load(const struct ggml_tensor * t, int64_t hea
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
 }
 
-// a head's part of a slot is a few cache lines away from the next slot's: too far for the processor to guess
-static inline void monarch_hot_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t i0, int64_t n) {
-    for (int64_t i = i0; i < i0 + n; ++i) {
-        const char * src = (const char *) t->data + head_kv*t->nb[1] + i*t->nb[2];
-
-        for (int64_t j = 0; j < (int64_t) t->nb[1]; j += 64) {
-            _mm_prefetch(src + j, _MM_HINT_T0);
-        }
-    }
+// a head's part of a slot is far from the next slot's: the processor does not guess it
+static inline void monarch_ring_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t d) {
+    _mm_prefetch((const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2] + d*sizeof(ggml_fp16_t), _MM_HINT_T0);
 }
 
 // n <= 16 slots of one head as f32, K transposed; what is missing is zero
 static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, struct monarch_avx512_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
+    const int64_t i_last   = attend->k->ne[2] - 1;
 
     for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
         __m512 x[16];
+
+        // a cache line has 32 values: those of the next tile's K, then those of its V
+        const struct ggml_tensor * next = d % 32 ? attend->v : attend->k;
+
+        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
+            monarch_ring_prefetch(next, head_kv, MONARCH_MIN(i0 + n + i, i_last), d);
+        }
 
         for (int64_t i = 0; i < MONARCH_LANES; ++i) {
             const __m512 v = i < n ? monarch_ring_load(attend->v, head_kv, i0 + i, d) : _mm512_setzero_ps();
@@ -283,11 +287,6 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
             continue;
         }
 
-        const int64_t n_next = MONARCH_MIN(MONARCH_LANES, n_kv - i0 - n);
-
-        monarch_hot_prefetch(attend->k, head_kv, i0 + n, n_next);
-        monarch_hot_prefetch(attend->v, head_kv, i0 + n, n_next);
-
         monarch_hot_load(attend, head_kv, i0, n, &avx512);
 
         int64_t ir = 0;
@@ -373,7 +372,7 @@ static void monarch_cold_quantize(const struct monarch_attend * attend, const st
 
         const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
 
-        int8_t * dst = avx512->q + ir*head_dim;
+        int8_t * dst = avx512->q + ir*MONARCH_Q_STRIDE;
         int32_t  sum = 0;
 
         for (int64_t i = 0; i < head_dim; ++i) {
@@ -395,26 +394,78 @@ static inline int32_t monarch_load_i32(const void * src) {
     return res;
 }
 
-// logits of 16 tokens, without the scales of K
+static inline __m512 monarch_scales_load(const uint8_t * src) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
+}
+
+// 16 tokens of a chosen page
+struct monarch_group {
+    const uint8_t * block;
+    int32_t         ic;   // of the page among the chosen
+    int32_t         t0;   // first token
+    __mmask16       mask; // tokens that count
+};
+
+struct monarch_cold {
+    struct monarch_lookup       k_x, k_y; // plus 128
+    struct monarch_lookup       v_x, v_y;
+    struct monarch_codec_layout layout;
+    struct monarch_group        groups[MONARCH_GROUPS];
+    int32_t                     n_groups;
+};
+
+// logits of 16 tokens for R rows; k_x, k_y: [head_dim/8]
 template <int R>
-static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, const struct monarch_avx512_work * avx512, int64_t ir, __m512 * logits) {
-    __m512i x[R];
-    __m512i y[R];
+static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, __m512 k_scale, __mmask16 mask, const struct monarch_avx512_work * avx512, int64_t ir, float * logits) {
+    const int8_t * q = avx512->q + ir*MONARCH_Q_STRIDE;
+
+    __m512i dot[R];
     for (int r = 0; r < R; ++r) {
-        x[r] = _mm512_set1_epi32(-avx512->q_bias[ir + r]);
-        y[r] = _mm512_setzero_si512();
+        dot[r] = _mm512_set1_epi32(-avx512->q_bias[ir + r]);
     }
     for (int64_t j = 0; j < head_dim/8; ++j) {
-        const __m512i kx = k_x[j];
-        const __m512i ky = k_y[j];
         for (int r = 0; r < R; ++r) {
-            const int8_t * q = avx512->q + (ir + r)*head_dim + 8*j;
-            x[r] = _mm512_dpbusd_epi32(x[r], kx, _mm512_set1_epi32(monarch_load_i32(q + 0)));
-            y[r] = _mm512_dpbusd_epi32(y[r], ky, _mm512_set1_epi32(monarch_load_i32(q + 4)));
+            dot[r] = _mm512_dpbusd_epi32(dot[r], k_x[j], _mm512_set1_epi32(monarch_load_i32(q + r*MONARCH_Q_STRIDE + 8*j + 0)));
+            dot[r] = _mm512_dpbusd_epi32(dot[r], k_y[j], _mm512_set1_epi32(monarch_load_i32(q + r*MONARCH_Q_STRIDE + 8*j + 4)));
         }
     }
     for (int r = 0; r < R; ++r) {
-        logits[r] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(x[r], y[r])), _mm512_set1_ps(avx512->q_scale[ir + r]));
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_mul_ps(k_scale, _mm512_set1_ps(avx512->q_scale[ir + r])));
+
+        _mm512_storeu_ps(logits + (ir + r)*MONARCH_TILE, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, scaled));
+    }
+}
+
+// group ig of the tile
+static void monarch_cold_get_logits(const struct monarch_attend * attend, const struct monarch_cold * cold, const struct monarch_work * work, struct monarch_avx512_work * avx512, int32_t ig) {
+    const struct monarch_codec * codec = &attend->op.codec;
+    const struct monarch_group * group = &cold->groups[ig];
+
+    const int64_t head_dim = codec->head_dim;
+
+    __m512i x[MONARCH_MAX_HEAD_DIM/8];
+    __m512i y[MONARCH_MAX_HEAD_DIM/8];
+
+    for (int64_t j = 0; j < head_dim/8; ++j) {
+        const __m512i codes = monarch_codes_load(codec->bits_k, group->block + cold->layout.k_codes, (j*codec->page_size + group->t0)/MONARCH_LANES);
+
+        x[j] = monarch_lookup_get(&cold->k_x, codes);
+        y[j] = monarch_lookup_get(&cold->k_y, codes);
+    }
+
+    const __m512 scale = monarch_scales_load(group->block + cold->layout.k_scales + 2*group->t0);
+
+    float * logits = avx512->logits + ig*MONARCH_LANES;
+
+    int64_t ir = 0;
+    for (; ir + 8 <= work->n_rows; ir += 8) {
+        monarch_cold_dot<8>(head_dim, x, y, scale, group->mask, avx512, ir, logits);
+    }
+    for (; ir + 4 <= work->n_rows; ir += 4) {
+        monarch_cold_dot<4>(head_dim, x, y, scale, group->mask, avx512, ir, logits);
+    }
+    for (; ir < work->n_rows; ++ir) {
+        monarch_cold_dot<1>(head_dim, x, y, scale, group->mask, avx512, ir, logits);
     }
 }
 
@@ -435,136 +486,157 @@ static inline __m128 monarch_max_each(const __m512 * x) {
     return _mm_max_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
 }
 
-// weights of 16 tokens times the scales of V as 8 bits; the greatest becomes 255
-template <int R>
-static inline void monarch_cold_weigh(struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, const __m512 * logits, __mmask16 mask, __m512 v_scale, int32_t ic, int64_t ir) {
-    __m512 scaled[R];
-
-    for (int r = 0; r < R; ++r) {
-        struct monarch_row * row = &work->rows[ir + r];
-
-        const __m512 weights = monarch_row_weigh(row, head_dim, logits[r], mask, avx512->sums + (ir + r)*MONARCH_LANES);
-
-        if (ic < row->n_mass) {
-            row->mass[ic] += _mm512_reduce_add_ps(weights);
-        }
-        scaled[r] = _mm512_mul_ps(weights, v_scale);
-    }
-
-    const __m128 max     = _mm_max_ps(monarch_max_each<R>(scaled), _mm_set1_ps(1e-30f));
-    const __m512 inverse = _mm512_broadcast_f32x4(_mm_div_ps(_mm_set1_ps(255.0f), max));
-
-    float w_scale[4];
-    _mm_storeu_ps(w_scale, _mm_mul_ps(max, _mm_set1_ps(1.0f/255.0f)));
-
-    for (int r = 0; r < R; ++r) {
-        const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(r), inverse);
-
-        _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_LANES), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(scaled[r], factor))));
-
-        avx512->w_scale[ir + r] = w_scale[r];
-    }
+static inline float monarch_lane_get(__m128 x, int i) {
+    float lanes[4];
+    _mm_storeu_ps(lanes, x);
+    return lanes[i];
 }
 
-// adds 16 tokens of V; v_x, v_y: [4 quads of tokens][head_dim/32]
+// softmax weights of a tile times the scales of V, as 8 bits relative to the greatest weight of the row
+// v_scales: [n_groups] 255 at most
 template <int R>
-static inline void monarch_cold_add(int64_t head_dim, const __m512i * v_x, const __m512i * v_y, const struct monarch_avx512_work * avx512, struct monarch_row * rows, int64_t ir) {
-    const int64_t n_chunk = head_dim/32;
+static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, const __m512 * v_scales, float v_unit, int64_t ir) {
+    struct monarch_row * rows = work->rows + ir;
 
-    for (int64_t c = 0; c < n_chunk; ++c) {
-        __m512i x[R];
-        __m512i y[R];
-        for (int r = 0; r < R; ++r) {
-            x[r] = _mm512_setzero_si512();
-            y[r] = _mm512_setzero_si512();
+    const int32_t n_groups = cold->n_groups;
+
+    __m512 tops[R];
+    for (int r = 0; r < R; ++r) {
+        tops[r] = _mm512_loadu_ps(avx512->logits + (ir + r)*MONARCH_TILE);
+        for (int32_t ig = 1; ig < n_groups; ++ig) {
+            tops[r] = _mm512_max_ps(tops[r], _mm512_loadu_ps(avx512->logits + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES));
         }
-        for (int64_t t = 0; t < 4; ++t) {
-            const __m512i vx = v_x[t*n_chunk + c];
-            const __m512i vy = v_y[t*n_chunk + c];
-            for (int r = 0; r < R; ++r) {
-                const __m512i w = _mm512_set1_epi32(monarch_load_i32(avx512->w + (ir + r)*MONARCH_LANES + 4*t));
-                x[r] = _mm512_dpbusd_epi32(x[r], w, vx);
-                y[r] = _mm512_dpbusd_epi32(y[r], w, vy);
+    }
+
+    const __m128 top = monarch_max_each<R>(tops);
+
+    for (int r = 0; r < R; ++r) {
+        const float max = monarch_lane_get(top, r);
+        if (max > rows[r].max) {
+            float * sums = avx512->sums + (ir + r)*MONARCH_LANES;
+
+            _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(expf(rows[r].max - max))));
+
+            monarch_row_set_max(&rows[r], head_dim, max);
+        }
+    }
+
+    const __m128 max    = _mm_setr_ps(rows[0].max, rows[R > 1 ? 1 : 0].max, rows[R > 2 ? 2 : 0].max, rows[R > 3 ? 3 : 0].max);
+    const __m128 factor = _mm512_castps512_ps128(monarch_exp(_mm512_castps128_ps512(_mm_sub_ps(top, max))));
+
+    for (int r = 0; r < R; ++r) {
+        const __m512 top_r    = _mm512_set1_ps(monarch_lane_get(top, r));
+        const float  factor_r = monarch_lane_get(factor, r);
+
+        __m512 sum = _mm512_setzero_ps();
+
+        for (int32_t ig = 0; ig < n_groups; ++ig) {
+            const __m512 weights = monarch_exp(_mm512_sub_ps(_mm512_loadu_ps(avx512->logits + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), top_r));
+
+            if (cold->groups[ig].ic < rows[r].n_mass) {
+                rows[r].mass[cold->groups[ig].ic] += factor_r*_mm512_reduce_add_ps(weights);
             }
-        }
-        for (int r = 0; r < R; ++r) {
-            const __m512 scale = _mm512_set1_ps(avx512->w_scale[ir + r]);
+            sum = _mm512_add_ps(sum, weights);
 
-            float * dst_x = rows[ir + r].cold + c*MONARCH_LANES;
-            float * dst_y = dst_x + head_dim/2;
+            const __m128i w = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(weights, v_scales[ig])));
 
-            _mm512_storeu_ps(dst_x, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x[r]), scale, _mm512_loadu_ps(dst_x)));
-            _mm512_storeu_ps(dst_y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(y[r]), scale, _mm512_loadu_ps(dst_y)));
+            _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), w);
         }
+
+        float * sums = avx512->sums + (ir + r)*MONARCH_LANES;
+
+        _mm512_storeu_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(factor_r), _mm512_loadu_ps(sums)));
+
+        avx512->w_scale[ir + r] = factor_r*v_unit;
     }
 }
 
-template <int R>
-static inline void monarch_cold_rows(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, struct monarch_work * work, struct monarch_avx512_work * avx512,
-        __m512 k_scale, __m512 v_scale, __mmask16 mask, int32_t ic, int64_t ir) {
-    __m512 logits[R];
-    monarch_cold_dot<R>(head_dim, k_x, k_y, avx512, ir, logits);
+static void monarch_cold_weigh_rows(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512) {
+    const int64_t head_dim = attend->op.codec.head_dim;
 
-    for (int r = 0; r < R; ++r) {
-        logits[r] = _mm512_mul_ps(logits[r], k_scale);
+    __m512 scales[MONARCH_GROUPS];
+    __m512 max = _mm512_set1_ps(1e-30f);
+
+    for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
+        const struct monarch_group * group = &cold->groups[ig];
+
+        scales[ig] = _mm512_maskz_mov_ps(group->mask, monarch_scales_load(group->block + cold->layout.v_scales + 2*group->t0));
+        max        = _mm512_max_ps(max, scales[ig]);
     }
 
-    monarch_cold_weigh<R>(work, avx512, head_dim, logits, mask, v_scale, ic, ir);
+    const float unit = _mm512_reduce_max_ps(max)/255.0f;
+
+    for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
+        scales[ig] = _mm512_mul_ps(scales[ig], _mm512_set1_ps(1.0f/unit));
+    }
+
+    int64_t ir = 0;
+    for (; ir + 4 <= work->n_rows; ir += 4) {
+        monarch_cold_weigh<4>(cold, work, avx512, head_dim, scales, unit, ir);
+    }
+    for (; ir < work->n_rows; ++ir) {
+        monarch_cold_weigh<1>(cold, work, avx512, head_dim, scales, unit, ir);
+    }
 }
 
-struct monarch_cold {
-    struct monarch_lookup       k_x, k_y; // plus 128
-    struct monarch_lookup       v_x, v_y;
-    struct monarch_codec_layout layout;
-};
-
-static inline __m512 monarch_scales_load(const uint8_t * src) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
-}
-
-// 16 tokens of page ic, from token t0 on
-static void monarch_cold_attend(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512,
-        const uint8_t * block, int32_t ic, int32_t t0, __mmask16 mask) {
+// adds the tile's V, G groups, 32 pairs of coordinates at a time
+template <int G>
+static inline void monarch_cold_add(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, const struct monarch_avx512_work * avx512) {
     const struct monarch_codec * codec = &attend->op.codec;
 
     const int64_t head_dim = codec->head_dim;
     const int64_t n_chunk  = head_dim/32;
 
-    __m512i x[MONARCH_MAX_HEAD_DIM/8];
-    __m512i y[MONARCH_MAX_HEAD_DIM/8];
+    for (int64_t c = 0; c < n_chunk; ++c) {
+        __m512i v_x[4*G];
+        __m512i v_y[4*G];
 
-    for (int64_t j = 0; j < head_dim/8; ++j) {
-        const __m512i codes = monarch_codes_load(codec->bits_k, block + cold->layout.k_codes, (j*codec->page_size + t0)/MONARCH_LANES);
+        for (int g = 0; g < G; ++g) {
+            const struct monarch_group * group = &cold->groups[g];
 
-        x[j] = monarch_lookup_get(&cold->k_x, codes);
-        y[j] = monarch_lookup_get(&cold->k_y, codes);
+            for (int t = 0; t < 4; ++t) {
+                const __m512i codes = monarch_codes_load(codec->bits_v, group->block + cold->layout.v_codes, (group->t0/4 + t)*n_chunk + c);
+
+                v_x[4*g + t] = monarch_lookup_get(&cold->v_x, codes);
+                v_y[4*g + t] = monarch_lookup_get(&cold->v_y, codes);
+            }
+        }
+
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+            __m512i x = _mm512_setzero_si512();
+            __m512i y = _mm512_setzero_si512();
+
+            for (int i = 0; i < 4*G; ++i) {
+                const __m512i w = _mm512_set1_epi32(monarch_load_i32(avx512->w + ir*MONARCH_TILE + 4*i));
+                x = _mm512_dpbusd_epi32(x, w, v_x[i]);
+                y = _mm512_dpbusd_epi32(y, w, v_y[i]);
+            }
+
+            const __m512 scale = _mm512_set1_ps(avx512->w_scale[ir]);
+
+            float * dst_x = work->rows[ir].cold + c*MONARCH_LANES;
+            float * dst_y = dst_x + head_dim/2;
+
+            _mm512_storeu_ps(dst_x, _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), scale, _mm512_loadu_ps(dst_x)));
+            _mm512_storeu_ps(dst_y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(y), scale, _mm512_loadu_ps(dst_y)));
+        }
+    }
+}
+
+static void monarch_cold_attend_tile(const struct monarch_attend * attend, struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512) {
+    for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
+        monarch_cold_get_logits(attend, cold, work, avx512, ig);
     }
 
-    const __m512 k_scale = monarch_scales_load(block + cold->layout.k_scales + 2*t0);
-    const __m512 v_scale = monarch_scales_load(block + cold->layout.v_scales + 2*t0);
+    monarch_cold_weigh_rows(attend, cold, work, avx512);
 
-    int64_t ir = 0;
-    for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
-        monarch_cold_rows<MONARCH_ROWS>(head_dim, x, y, work, avx512, k_scale, v_scale, mask, ic, ir);
-    }
-    for (; ir < work->n_rows; ++ir) {
-        monarch_cold_rows<1>(head_dim, x, y, work, avx512, k_scale, v_scale, mask, ic, ir);
+    if (cold->n_groups == MONARCH_GROUPS) {
+        monarch_cold_add<MONARCH_GROUPS>(attend, cold, work, avx512);
+    } else {
+        monarch_cold_add<1>(attend, cold, work, avx512);
     }
 
-    for (int64_t i = 0; i < 4*n_chunk; ++i) {
-        const __m512i codes = monarch_codes_load(codec->bits_v, block + cold->layout.v_codes, t0/4*n_chunk + i);
-
-        x[i] = monarch_lookup_get(&cold->v_x, codes);
-        y[i] = monarch_lookup_get(&cold->v_y, codes);
-    }
-
-    ir = 0;
-    for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
-        monarch_cold_add<MONARCH_ROWS>(head_dim, x, y, avx512, work->rows, ir);
-    }
-    for (; ir < work->n_rows; ++ir) {
-        monarch_cold_add<1>(head_dim, x, y, avx512, work->rows, ir);
-    }
+    cold->n_groups = 0;
 }
 
 // chosen pages lie anywhere: ask for them this many pages ahead
@@ -595,6 +667,8 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
     cold.v_y    = monarch_lookup_init(points_v->y, 0);
     cold.layout = monarch_codec_get_layout(codec);
 
+    cold.n_groups = 0;
+
     monarch_cold_quantize(attend, work, &avx512);
     monarch_sums_clear(work, &avx512);
 
@@ -612,9 +686,16 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
         for (int32_t t0 = 0; t0 < codec->page_size; t0 += MONARCH_LANES) {
             const __mmask16 mask = (__mmask16) (entry->mask >> t0);
             if (mask) {
-                monarch_cold_attend(attend, &cold, work, &avx512, block, ic, t0, mask);
+                cold.groups[cold.n_groups++] = { block, ic, t0, mask };
+            }
+            if (cold.n_groups == MONARCH_GROUPS) {
+                monarch_cold_attend_tile(attend, &cold, work, &avx512);
             }
         }
+    }
+
+    if (cold.n_groups > 0) {
+        monarch_cold_attend_tile(attend, &cold, work, &avx512);
     }
 
     monarch_sums_add(work, &avx512);

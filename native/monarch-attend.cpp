@@ -159,10 +159,10 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
         ggml_vec_max_f32(n_pages, &max, mass);
         max = std::max(max, hot);
 
-        const float sum = expf(hot - max) + (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max);
+        const float inverse = 1.0f/(expf(hot - max) + (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max));
 
         for (int32_t i = 0; i < n_pages; ++i) {
-            work->probability[i] = std::max(work->probability[i], mass[i]/sum);
+            work->probability[i] = std::max(work->probability[i], mass[i]*inverse);
         }
     }
 }
