@@ -1,0 +1,1 @@
+"""The parts of train_small_model.py: tokenizer, data, network, export."""
