@@ -18,6 +18,7 @@ COMMANDS = {
     "build": "fetch, verify, patch and build llama.cpp: stock and patched",
     "info": "versions, pin, ABI, backends and paths",
     "chat": "talk to a model",
+    "convert": "turn a Hugging Face checkpoint into a GGUF",
     "ab": "compare with unmodified upstream: speed and recall",
     "recall": "write the constructed recall model",
 }

@@ -1,0 +1,90 @@
+"""`convert`: a Hugging Face llama, mistral or qwen2 checkpoint to GGUF, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .convert_hparams import Hparams, add_hparams, read_hparams
+from .convert_safetensors import Checkpoint
+from .convert_source import DEFAULT_REPO, find_source
+from .convert_tensors import OUTTYPES, Plan, plan_tensors, write_tensors
+from .convert_vocab import add_vocab, read_vocab
+from .errors import MonarchError, UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", nargs="?", default=DEFAULT_REPO, help=f"folder or Hugging Face repo id (default: {DEFAULT_REPO})"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the GGUF to write")
+    parser.add_argument("--outtype", choices=OUTTYPES, default="f16", help="type of the matrices (default: f16)")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_output(args.output)
+    folder, name = find_source(args.source)
+    n_bytes = convert(folder, args.output, args.outtype, name)
+    print(f"{args.output}: {n_bytes / 2**20:.0f} MiB, {args.outtype}", file=sys.stderr)
+    return 0
+
+
+def check_output(output: Path) -> None:
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; name the file to write, for example {output / 'model.gguf'}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"the folder {output.absolute().parent} does not exist; create it, or write elsewhere")
+
+
+def convert(folder: Path, output: Path, outtype: str, name: str) -> int:
+    """Writes output, or leaves no trace and raises MonarchError; returns its size in bytes."""
+    hparams = read_hparams(folder)
+    vocab = read_vocab(folder, hparams)
+    plan = plan_tensors(Checkpoint(folder), hparams, outtype)
+    with replaced(output) as part:
+        write_gguf(part, hparams, vocab, plan, outtype, name)
+    return output.stat().st_size
+
+
+@contextlib.contextmanager
+def replaced(output: Path) -> Iterator[Path]:
+    """A temporary name beside output that becomes output when all is written and synchronised."""
+    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_gguf(path: Path, hparams: Hparams, vocab, plan: list[Plan], outtype: str, name: str) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, hparams.arch)
+    try:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(OUTTYPES[outtype].file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_hparams(writer, hparams)
+        add_vocab(writer, vocab)
+        with make_progress() as progress:
+            write_tensors(writer, plan, progress)
+    except OSError as error:
+        raise MonarchError(f"{path.parent}: {error.strerror}; nothing was written") from error
+    finally:
+        writer.close()
+
+
+def make_progress() -> Progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
