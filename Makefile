@@ -12,7 +12,7 @@ READY := $(VENV)/ready-$(SETUP)
 
 BINDINGS := llama-cpp-python==$(shell sed -n 's/^llama_cpp_python = //p' LLAMA_CPP_VERSION)
 
-.PHONY: demo test test-long build lint clean
+.PHONY: demo test test-long test-convert build lint clean
 
 demo: build
 	$(PYTHON) scripts/demo.py
@@ -22,6 +22,11 @@ test: build
 
 test-long: build
 	$(PYTHON) -m pytest -q -m long tests
+
+# against upstream's own converter and transformers, which bring torch
+test-convert: build
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,test-convert]'
+	$(PYTHON) -m pytest -q tests/test_convert_oracle.py
 
 build: $(READY)
 	$(PYTHON) -m monarch_llamacpp build --tools

@@ -30,7 +30,6 @@ class Hparams:
     n_head: int
     n_head_kv: int
     head_dim: int
-    head_dim_given: bool
     rms_eps: float
     rope_theta: float
     rope_type: str  # default, linear, yarn or llama3
@@ -53,7 +52,9 @@ def read_hparams(folder: Path) -> Hparams:
     n_embd, n_head = size(path, config, "hidden_size"), size(path, config, "num_attention_heads")
     n_head_kv = size(path, config, "num_key_value_heads", n_head)
     head_dim = size(path, config, "head_dim", max(1, n_embd // n_head))
-    if n_head % n_head_kv or head_dim % 2 or ("head_dim" not in config and n_embd % n_head):
+    if arch == "qwen2" and head_dim * n_head != n_embd:
+        raise MonarchError(f"{path}: head_dim is {head_dim}; llama.cpp takes qwen2 only with hidden_size / heads")
+    if n_head % n_head_kv or head_dim % 2 or (config.get("head_dim") is None and n_embd % n_head):
         raise MonarchError(f"{path}: {n_embd} values do not make {n_head} heads over {n_head_kv} KV heads")
     rope_type, rope = find_rope(path, config)
     return Hparams(
@@ -66,7 +67,6 @@ def read_hparams(folder: Path) -> Hparams:
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
-        head_dim_given=config.get("head_dim") is not None,
         rms_eps=number(path, config, "rms_norm_eps", 1e-6),
         rope_theta=number(path, {**config, **rope}, "rope_theta", 10000.0),
         rope_type=rope_type,
@@ -129,10 +129,9 @@ def add_hparams(writer, hparams: Hparams) -> None:
     writer.add_head_count_kv(hparams.n_head_kv)
     writer.add_layer_norm_rms_eps(hparams.rms_eps)
     writer.add_rope_freq_base(hparams.rope_theta)
-    if hparams.head_dim_given:
+    if hparams.arch == "llama":
         writer.add_key_length(hparams.head_dim)
         writer.add_value_length(hparams.head_dim)
-    if hparams.arch == "llama":
         writer.add_vocab_size(hparams.n_vocab)
         writer.add_rope_dimension_count(hparams.head_dim)
     if hparams.rope_type in ("linear", "yarn"):
