@@ -1,227 +1,421 @@
-// Restoring a stock sequence state into a paged cache: everything is read and checked first, then paged out on the way in.
+// States of a paged cache. One layout for every backend and every order of physical pages:
+//
+//   header      monarch_state_header
+//   pages       (first position, token mask) each, ascending
+//   positions   of the hot tokens, ascending
+//   crc         of all of the above
+//   hot         per layer: K rows, V rows in the order of the positions
+//   crc         of the hot part
+//   pages       each: blocks of every layer and KV head, then their summaries, then the crc of both
+//   sticky      per layer and KV head: promotions, scored, importance of every page, count of every page
+//   crc         of the sticky part
+//
+// Reading stages everything, checks it, and only then replaces what the cache holds.
 
 #include "monarch-kv-cache.h"
 
-#include "monarch-convert.h"
+#include "monarch-crc.h"
+#include "monarch-error.h"
+#include "monarch-io.h"
+#include "monarch-policy.h"
 #include "monarch-summary.h"
 
-#include "llama-hparams.h"
-#include "llama-impl.h"
-#include "llama-io.h"
-
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <numeric>
-#include <stdexcept>
-#include <system_error>
-#include <thread>
 
-// rows of one layer, in the order of the state's cells
-struct monarch_state_rows {
-    std::vector<uint8_t> data;
-    size_t               row_size;
+static const uint32_t MONARCH_STATE_MAGIC   = 0x4348434d; // "MCHC"; a stock state starts with its number of streams
+static const uint32_t MONARCH_STATE_VERSION = 1;
+
+struct monarch_state_header {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t fingerprint;
+    uint32_t n_layer;
+    uint32_t n_head_kv;
+    uint32_t head_dim;
+    uint32_t type_k;
+    uint32_t type_v;
+    uint32_t page_size;
+    uint32_t bits_k;
+    uint32_t bits_v;
+    uint32_t residual_k;
+    uint32_t scorer;
+    uint32_t sink_tokens;
+    uint32_t hot_window;
+    uint32_t n_pages;
+    uint32_t n_hot;
+    uint32_t reserved;
+    uint64_t n_page_outs;
 };
 
-// a stock state of one sequence
-struct monarch_stock_state {
+struct monarch_state_page {
+    int32_t  first_pos;
+    uint32_t mask;
+};
+
+struct monarch_state_counts {
+    uint64_t n_promotions;
+    uint64_t n_scored;
+};
+
+struct monarch_paged_state {
+    monarch_state_header            header;
+    std::vector<monarch_state_page> pages;
     std::vector<llama_pos>          pos;
-    std::vector<uint32_t>           order; // cells by ascending position
-    std::vector<monarch_state_rows> k;
-    std::vector<monarch_state_rows> v;
+    std::vector<int32_t>            slots; // of pos in the ring
+    std::vector<uint8_t>            hot;
+    std::vector<uint8_t>            cold;
+    std::vector<uint8_t>            sticky;
+
+    uint32_t crc() const {
+        uint32_t res = monarch_crc(0, &header, sizeof(header));
+        res = monarch_crc(res, pages.data(), pages.size()*sizeof(pages[0]));
+        return monarch_crc(res, pos.data(), pos.size()*sizeof(pos[0]));
+    }
 };
 
-template <typename T>
-static T monarch_state_get(llama_io_read_i & io) {
-    T res;
-    io.read(&res, sizeof(res));
+size_t monarch_kv_cache::paged_hot_size(uint32_t n) const {
+    size_t res = 0;
+    for (const auto & layer : layers) {
+        res += n*(ggml_row_size(layer.k->type, layer.k->ne[0]) + ggml_row_size(layer.v->type, layer.v->ne[0]));
+    }
     return res;
 }
 
-static void monarch_state_check(bool ok, const char * what) {
-    if (!ok) {
-        throw std::runtime_error(std::string("the state does not fit this context: ") + what);
-    }
+size_t monarch_kv_cache::paged_page_size() const {
+    return layers.size()*n_head_kv*(cold_layers[0].pool->nb[1] + monarch_summary_size(head_dim));
 }
 
-static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n_max, bool is_whole, monarch_stock_state & state) {
-    const uint32_t n = monarch_state_get<uint32_t>(io);
-    monarch_state_check(n <= n_max, "it holds more tokens than n_ctx");
-
-    state.pos.resize(n);
-    for (uint32_t i = 0; i < n; ++i) {
-        state.pos[i] = monarch_state_get<llama_pos>(io);
-
-        monarch_state_check(monarch_state_get<uint32_t>(io) == 1, "a cell belongs to several sequences");
-
-        // restoring one sequence gives it a new number, restoring a whole context does not
-        const llama_seq_id seq_id = monarch_state_get<llama_seq_id>(io);
-        monarch_state_check(!is_whole || seq_id == 0, "it holds a sequence other than 0");
-    }
-
-    state.order.resize(n);
-    std::iota(state.order.begin(), state.order.end(), 0);
-    std::sort(state.order.begin(), state.order.end(), [&](uint32_t a, uint32_t b) { return state.pos[a] < state.pos[b]; });
-
-    for (uint32_t i = 0; i < n; ++i) {
-        const llama_pos pos = state.pos[state.order[i]];
-
-        monarch_state_check(pos >= 0 && (i == 0 || pos == state.pos[state.order[i - 1]] + 1), "its positions are not consecutive");
-    }
+size_t monarch_kv_cache::paged_sticky_size(uint32_t n) const {
+    return layers.size()*n_head_kv*(sizeof(monarch_state_counts) + n*(sizeof(float) + 1));
 }
 
-static monarch_state_rows monarch_state_read_rows(llama_io_read_i & io, const ggml_tensor * ring, size_t n) {
-    const size_t row_size = ggml_row_size(ring->type, ring->ne[0]);
+monarch_paged_state monarch_kv_cache::paged_describe() const {
+    monarch_paged_state res = {};
 
-    monarch_state_check(monarch_state_get<int32_t> (io) == (int32_t) ring->type, "another type of K or V");
-    monarch_state_check(monarch_state_get<uint64_t>(io) == row_size,             "another size of K or V");
+    for (const auto & page : table.get_pages()) {
+        res.pages.push_back({ page.first_pos, page.mask });
+    }
+    for (const auto & [pos, slot] : v_cells[0].seq_pos_get(0)) {
+        res.pos  .push_back(pos);
+        res.slots.push_back(slot);
+    }
 
-    monarch_state_rows res = { std::vector<uint8_t>(n*row_size), row_size };
-    io.read(res.data.data(), res.data.size());
+    res.header.magic       = MONARCH_STATE_MAGIC;
+    res.header.version     = MONARCH_STATE_VERSION;
+    res.header.fingerprint = fingerprint;
+    res.header.n_layer     = layers.size();
+    res.header.n_head_kv   = n_head_kv;
+    res.header.head_dim    = head_dim;
+    res.header.type_k      = type_k();
+    res.header.type_v      = type_v();
+    res.header.page_size   = knobs.page_size;
+    res.header.bits_k      = knobs.cold_bits_k;
+    res.header.bits_v      = knobs.cold_bits_v;
+    res.header.residual_k  = knobs.residual_k;
+    res.header.scorer      = knobs.scorer;
+    res.header.sink_tokens = knobs.sink_tokens;
+    res.header.hot_window  = knobs.hot_window;
+    res.header.n_pages     = res.pages.size();
+    res.header.n_hot       = res.pos.size();
+    res.header.n_page_outs = n_page_outs;
+
     return res;
 }
 
-// V of a context without flash attention: one row per value
-static monarch_state_rows monarch_state_read_columns(llama_io_read_i & io, const ggml_tensor * ring, size_t n) {
-    const size_t   type_size = ggml_type_size(ring->type);
-    const uint32_t n_values  = ring->ne[0];
+//
+// write
+//
 
-    monarch_state_check(monarch_state_get<int32_t> (io) == (int32_t) ring->type, "another type of V");
-    monarch_state_check(monarch_state_get<uint32_t>(io) == type_size && ggml_blck_size(ring->type) == 1, "another size of V");
-    monarch_state_check(monarch_state_get<uint32_t>(io) == n_values, "another size of V");
+static void monarch_state_put(llama_io_write_i & io, const void * data, size_t size) {
+    if (size > 0) {
+        io.write(data, size);
+    }
+}
 
-    std::vector<uint8_t> column(n*type_size);
-    monarch_state_rows   res = { std::vector<uint8_t>(n*n_values*type_size), n_values*type_size };
+void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
 
-    for (uint32_t j = 0; j < n_values; ++j) {
-        io.read(column.data(), column.size());
-        for (size_t i = 0; i < n; ++i) {
-            memcpy(res.data.data() + i*res.row_size + j*type_size, column.data() + i*type_size, type_size);
+    monarch_paged_state state = paged_describe();
+
+    if (seq_id > 0) {
+        state.pages.clear();
+        state.pos  .clear();
+        state.header.n_pages = 0;
+        state.header.n_hot   = 0;
+    }
+
+    const uint32_t crc = state.crc();
+
+    monarch_state_put(io, &state.header, sizeof(state.header));
+    monarch_state_put(io, state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
+    monarch_state_put(io, state.pos.data(), state.pos.size()*sizeof(state.pos[0]));
+    monarch_state_put(io, &crc, sizeof(crc));
+
+    if (seq_id > 0) {
+        return;
+    }
+
+    paged_write_hot(io);
+    for (const auto & page : table.get_pages()) {
+        paged_write_page(io, page);
+    }
+    paged_write_sticky(io);
+}
+
+// one tensor of the ring, in order of position; returns the crc that goes on
+static uint32_t monarch_state_write_rows(llama_io_write_i & io, ggml_tensor * ring, const std::set<std::pair<llama_pos, uint32_t>> & order, uint32_t crc) {
+    const size_t size = ggml_row_size(ring->type, ring->ne[0]);
+
+    for (const auto & [pos, slot] : order) {
+        io.write_tensor(ring, slot*ring->nb[1], size);
+        crc = monarch_crc(crc, (const char *) ring->data + slot*ring->nb[1], size);
+    }
+    return crc;
+}
+
+void monarch_kv_cache::paged_write_hot(llama_io_write_i & io) const {
+    uint32_t crc = 0;
+    for (const auto & layer : layers) {
+        crc = monarch_state_write_rows(io, layer.k, v_cells[0].seq_pos_get(0), crc);
+        crc = monarch_state_write_rows(io, layer.v, v_cells[0].seq_pos_get(0), crc);
+    }
+    io.write(&crc, sizeof(crc));
+}
+
+void monarch_kv_cache::paged_write_page(llama_io_write_i & io, const monarch_page_table::page & page) const {
+    const monarch_codec codec = get_op_params(0, 0.0f).codec;
+    const size_t        size  = monarch_codec_block_size(&codec);
+
+    std::vector<uint8_t> summary(monarch_summary_size(head_dim));
+
+    uint32_t crc = 0;
+
+    for (const auto & cold : cold_layers) {
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            const size_t offset = monarch_pool_offset(&codec, n_pages_max, h, page.phys);
+
+            io.write_tensor(cold.pool, offset, size);
+            crc = monarch_crc(crc, (const char *) cold.pool->data + offset, size);
         }
     }
-    return res;
+    for (const auto & cold : cold_layers) {
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            monarch_summary_get(head_dim, (const uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys),
+                    page.phys%MONARCH_SUMMARY_GROUP, summary.data());
+
+            io.write(summary.data(), summary.size());
+            crc = monarch_crc(crc, summary.data(), summary.size());
+        }
+    }
+
+    io.write(&crc, sizeof(crc));
+}
+
+// as the next step will find it: the last step's promotions are counted
+void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io) const {
+    const size_t size = monarch_head_state_size(n_pages_max);
+
+    monarch_policy policy = {};
+    policy.sticky_threshold = knobs.sticky_threshold;
+    policy.importance_decay = knobs.importance_decay;
+
+    std::vector<uint64_t> copy((size + 7)/8);
+    std::vector<uint8_t>  data;
+
+    for (size_t i = 0; i < cold_layers.size(); ++i) {
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            memcpy(copy.data(), get_head_state(i, h), size);
+
+            monarch_head_state * head = (monarch_head_state *) copy.data();
+            monarch_policy_apply_log(&policy, head, n_pages_max, committed);
+
+            const monarch_state_counts counts = { head->n_promotions, head->n_scored };
+
+            data.insert(data.end(), (const uint8_t *) &counts, (const uint8_t *) (&counts + 1));
+            for (const auto & page : table.get_pages()) {
+                const uint8_t * importance = (const uint8_t *) (monarch_head_state_importance(head, n_pages_max) + page.phys);
+                data.insert(data.end(), importance, importance + sizeof(float));
+            }
+            for (const auto & page : table.get_pages()) {
+                data.push_back(monarch_head_state_count(head, n_pages_max)[page.phys]);
+            }
+        }
+    }
+
+    const uint32_t crc = monarch_crc(0, data.data(), data.size());
+
+    io.write(data.data(), data.size());
+    io.write(&crc, sizeof(crc));
+}
+
+//
+// read
+//
+
+// a part and its crc, as many bytes at a time as surely came
+static void monarch_state_read_part(llama_io_read_i & io, size_t size, std::vector<uint8_t> & dst, const char * what) {
+    const size_t start = dst.size();
+    const size_t chunk = 1 << 20;
+
+    for (size_t n = 0; n < size; n += chunk) {
+        const size_t part = std::min(chunk, size - n);
+        dst.resize(start + n + part);
+        io.read(dst.data() + start + n, part);
+    }
+    monarch_state_check(monarch_state_get<uint32_t>(io) == monarch_crc(0, dst.data() + start, size), what);
+}
+
+static void monarch_state_check_header(const monarch_state_header & got, const monarch_state_header & want) {
+    monarch_state_check(got.version == want.version, "another version of the format");
+    monarch_state_check(got.n_layer == want.n_layer && got.n_head_kv == want.n_head_kv && got.head_dim == want.head_dim, "another shape of model");
+    monarch_state_check(got.fingerprint == want.fingerprint, "another model");
+    monarch_state_check(got.type_k == want.type_k && got.type_v == want.type_v, "another type of K or V");
+    monarch_state_check(got.page_size == want.page_size, "another page_size");
+    monarch_state_check(got.bits_k == want.bits_k && got.bits_v == want.bits_v && got.residual_k == want.residual_k, "other cold_bits_k, cold_bits_v or residual_k");
+    monarch_state_check(got.scorer == want.scorer, "another scorer");
+    monarch_state_check(got.sink_tokens == want.sink_tokens && got.hot_window == want.hot_window, "other sink_tokens or hot_window");
+}
+
+// positions ascend: sink tokens, pages, the hot window
+static void monarch_state_check_positions(const monarch_paged_state & state, uint32_t n_ctx) {
+    const uint32_t mask_max = UINT32_MAX >> (32 - state.header.page_size);
+
+    size_t  n_tokens = state.pos.size();
+    int64_t end      = 0;
+    for (const auto & page : state.pages) {
+        const monarch_page_table::page entry = { 0, page.first_pos, page.mask };
+
+        monarch_state_check(page.mask != 0 && page.mask <= mask_max && page.first_pos >= 0 && page.first_pos < INT32_MAX - 32, "a damaged page table");
+        monarch_state_check(entry.begin() >= end, "a damaged page table");
+
+        n_tokens += entry.n_tokens();
+        end       = entry.end();
+    }
+    monarch_state_check(n_tokens <= n_ctx, "it holds more tokens than n_ctx");
+
+    const int64_t begin = state.pages.empty() ? 0 : state.pages[0].first_pos;
+
+    int64_t last = -1;
+    for (const llama_pos pos : state.pos) {
+        monarch_state_check(pos > last && (pos < begin || pos >= end), "damaged positions");
+        last = pos;
+    }
+}
+
+void monarch_kv_cache::paged_read(llama_io_read_i & io) {
+    const monarch_state_header want = paged_describe().header;
+
+    monarch_paged_state state = {};
+
+    state.header.magic = MONARCH_STATE_MAGIC;
+    io.read((char *) &state.header + sizeof(uint32_t), sizeof(state.header) - sizeof(uint32_t));
+
+    monarch_state_check_header(state.header, want);
+    monarch_state_check(state.header.n_pages <= n_pages_max && state.header.n_hot <= get_size(), "it holds more than this context can");
+
+    state.pages.resize(state.header.n_pages);
+    state.pos  .resize(state.header.n_hot);
+
+    io.read(state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
+    io.read(state.pos.data(), state.pos.size()*sizeof(state.pos[0]));
+
+    monarch_state_check(monarch_state_get<uint32_t>(io) == state.crc(), "a damaged header");
+    monarch_state_check_positions(state, n_ctx);
+
+    if (state.pages.empty() && state.pos.empty()) {
+        clear(false);
+        return;
+    }
+
+    monarch_state_read_part(io, paged_hot_size(state.pos.size()), state.hot, "a damaged hot window");
+    for (size_t i = 0; i < state.pages.size(); ++i) {
+        monarch_state_read_part(io, paged_page_size(), state.cold, "a damaged page");
+    }
+    monarch_state_read_part(io, paged_sticky_size(state.pages.size()), state.sticky, "a damaged sticky state");
+
+    paged_restore(state);
+}
+
+static void monarch_state_take(const uint8_t ** src, void * dst, size_t size) {
+    memcpy(dst, *src, size);
+    *src += size;
+}
+
+// cannot fail: all of it is here and checked
+void monarch_kv_cache::paged_restore(const monarch_paged_state & state) {
+    const monarch_codec codec = get_op_params(0, 0.0f).codec;
+
+    clear(false);
+
+    n_page_outs = state.header.n_page_outs;
+
+    for (const auto & page : state.pages) {
+        table.push(page.first_pos, page.mask);
+    }
+
+    const uint8_t * src = state.hot.data();
+    for (const auto & layer : layers) {
+        for (ggml_tensor * ring : { layer.k, layer.v }) {
+            for (size_t i = 0; i < state.pos.size(); ++i) {
+                monarch_state_take(&src, (char *) ring->data + i*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
+            }
+        }
+    }
+    for (size_t i = 0; i < state.pos.size(); ++i) {
+        v_cells[0].pos_set(i, state.pos[i]);
+        v_cells[0].seq_add(i, 0);
+    }
+
+    src = state.cold.data();
+    for (const auto & page : table.get_pages()) {
+        for (const auto & cold : cold_layers) {
+            for (uint32_t h = 0; h < n_head_kv; ++h) {
+                monarch_state_take(&src, (char *) cold.pool->data + monarch_pool_offset(&codec, n_pages_max, h, page.phys), monarch_codec_block_size(&codec));
+            }
+        }
+        for (const auto & cold : cold_layers) {
+            for (uint32_t h = 0; h < n_head_kv; ++h) {
+                monarch_summary_set(head_dim, (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys),
+                        page.phys%MONARCH_SUMMARY_GROUP, src);
+                src += monarch_summary_size(head_dim);
+            }
+        }
+    }
+
+    src = state.sticky.data();
+    for (size_t i = 0; i < cold_layers.size(); ++i) {
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            monarch_head_state   * head = get_head_state(i, h);
+            monarch_state_counts   counts;
+
+            monarch_state_take(&src, &counts, sizeof(counts));
+
+            head->n_promotions = counts.n_promotions;
+            head->n_scored     = counts.n_scored;
+
+            for (const auto & page : table.get_pages()) {
+                monarch_state_take(&src, monarch_head_state_importance(head, n_pages_max) + page.phys, sizeof(float));
+            }
+            for (const auto & page : table.get_pages()) {
+                monarch_state_take(&src, monarch_head_state_count(head, n_pages_max) + page.phys, 1);
+            }
+        }
+    }
 }
 
 void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     monarch_state_check(seq_id <= 0, "a paged context holds sequence 0 alone so far");
     monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
-    monarch_state_check(monarch_state_get<uint32_t>(io) == 1, "it holds several streams");
 
-    // stock keeps quantised K and V rotated
-    monarch_state_check(!ggml_is_quantized(type_k()) && !ggml_is_quantized(type_v()), "quantised K or V states are not supported");
+    const uint32_t first = monarch_state_get<uint32_t>(io);
 
-    monarch_stock_state state;
-    monarch_state_read_cells(io, n_ctx, seq_id == -1, state);
-
-    if (!state.pos.empty()) {
-        const bool is_transposed = monarch_state_get<uint32_t>(io) != 0;
-
-        monarch_state_check(monarch_state_get<uint32_t>(io) == layers.size(), "another number of layers");
-
-        for (const auto & layer : layers) {
-            state.k.push_back(monarch_state_read_rows(io, layer.k, state.pos.size()));
-        }
-        for (const auto & layer : layers) {
-            state.v.push_back(is_transposed ? monarch_state_read_columns(io, layer.v, state.pos.size()) : monarch_state_read_rows(io, layer.v, state.pos.size()));
-        }
+    if (first == MONARCH_STATE_MAGIC) {
+        paged_read(io);
+        return;
     }
 
-    clear(false);
-    restore(state);
-}
+    monarch_state_check(first == 1, "it is neither a paged state nor a stock state of one stream");
 
-// cells [i0, i0 + n) in order of position as f32, one KV head
-static void monarch_state_convert(const monarch_stock_state & state, const monarch_state_rows & rows, ggml_type type, size_t i0, int32_t n, uint32_t head_kv, int32_t head_dim, float * dst) {
-    for (int32_t i = 0; i < n; ++i, dst += head_dim) {
-        const uint8_t * src = rows.data.data() + state.order[i0 + i]*rows.row_size + head_kv*ggml_row_size(type, head_dim);
-
-        monarch_convert_to_f32(type, src, dst, head_dim);
-    }
-}
-
-void monarch_kv_cache::restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0) {
-    const monarch_op_params op   = get_op_params(0, 0.0f);
-    const cold_layer      & cold = cold_layers[i_layer];
-
-    float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
-    float v[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
-
-    const int32_t phys = table.get_pages()[i_page].phys;
-
-    for (uint32_t h = 0; h < n_head_kv; ++h) {
-        monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
-        monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v);
-
-        monarch_codec_encode_page(&op.codec, k, v, (uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys));
-        monarch_summary_encode(op.scorer, head_dim, knobs.page_size, k,
-                (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
-
-        monarch_head_state_count     (get_head_state(i_layer, h), n_pages_max)[phys] = 0;
-        monarch_head_state_importance(get_head_state(i_layer, h), n_pages_max)[phys] = 0.0f;
-    }
-}
-
-// one row of the state into a ring slot, all layers
-void monarch_kv_cache::restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot) {
-    for (size_t il = 0; il < layers.size(); ++il) {
-        memcpy((char *) layers[il].k->data + slot*layers[il].k->nb[1], state.k[il].data.data() + state.order[i]*state.k[il].row_size, state.k[il].row_size);
-        memcpy((char *) layers[il].v->data + slot*layers[il].v->nb[1], state.v[il].data.data() + state.order[i]*state.v[il].row_size, state.v[il].row_size);
-    }
-
-    v_cells[0].pos_set(slot, state.pos[state.order[i]]);
-    v_cells[0].seq_add(slot, 0);
-}
-
-// sink tokens and the hot window into the ring, what lies between into pages, as if it had been decoded
-void monarch_kv_cache::restore(const monarch_stock_state & state) {
-    const size_t n = state.pos.size();
-
-    size_t i_first = 0; // the first token that may be paged out
-    while (i_first < n && state.pos[state.order[i_first]] < knobs.sink_tokens) {
-        ++i_first;
-    }
-
-    const size_t n_past  = n - i_first + 1 > (size_t) knobs.hot_window ? n - i_first + 1 - knobs.hot_window : 0;
-    const size_t n_pages = n_past/knobs.page_size;
-
-    for (size_t i = 0; i < n_pages; ++i) {
-        table.push(state.pos[state.order[i_first + i*knobs.page_size]], knobs.page_size);
-    }
-
-    std::atomic<size_t> next { 0 };
-
-    const auto worker = [&]() {
-        for (size_t i = next++; i < layers.size()*n_pages; i = next++) {
-            restore_page(state, i/n_pages, i%n_pages, i_first + (i%n_pages)*knobs.page_size);
-        }
-    };
-
-    std::vector<std::thread> threads;
-    threads.reserve(n_threads);
-    try {
-        for (uint32_t i = 1; i < n_threads; ++i) {
-            threads.emplace_back(worker);
-        }
-    } catch (const std::system_error &) {
-        LLAMA_LOG_WARN("%s: only %zu threads could be started\n", __func__, threads.size() + 1);
-    }
-    worker();
-    for (auto & thread : threads) {
-        thread.join();
-    }
-
-    uint32_t slot = 0;
-    for (size_t i = 0; i < n; ++i) {
-        if (i < i_first || i >= i_first + n_pages*knobs.page_size) {
-            restore_slot(state, i, slot++);
-        }
-    }
-}
-
-void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    GGML_UNUSED(io);
-    GGML_UNUSED(seq_id);
-    GGML_UNUSED(flags);
-
-    throw std::runtime_error("saving the state of a paged context is not supported yet");
+    stock_read(io, seq_id == -1);
 }

@@ -1,5 +1,6 @@
 #include "monarch-kv-cache.h"
 
+#include "monarch-crc.h"
 #include "monarch-error.h"
 #include "monarch-knobs.h"
 #include "monarch-summary.h"
@@ -10,7 +11,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -107,6 +107,24 @@ static uint32_t monarch_n_pages_max(uint32_t n_ctx, uint32_t page_size) {
     return GGML_PAD(n_pages + n_pages/16 + 16, MONARCH_SUMMARY_GROUP);
 }
 
+// tells models apart that have the same shape
+static uint32_t monarch_model_fingerprint(const llama_model & model) {
+    const std::string desc = std::string(llm_arch_name(model.arch)) + " " + std::to_string(model.vocab.n_tokens()) + " " + std::to_string(model.n_elements());
+
+    uint32_t crc = monarch_crc(0, desc.data(), desc.size());
+
+    const ggml_tensor * norm = model.output_norm;
+
+    if (norm && norm->buffer && norm->data) {
+        std::vector<uint8_t> data(ggml_nbytes(norm));
+        ggml_backend_tensor_get(norm, data.data(), 0, data.size());
+
+        crc = monarch_crc(crc, data.data(), data.size());
+    }
+
+    return crc;
+}
+
 monarch_kv_cache::monarch_kv_cache(
         const llama_model         & model,
         const llama_memory_params & params,
@@ -119,7 +137,8 @@ monarch_kv_cache::monarch_kv_cache(
     knobs(knobs),
     n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), n_threads(cparams.n_threads_batch),
     n_head_kv(model.hparams.n_head_kv(0)), head_dim(model.hparams.n_embd_head_k(0)),
-    n_pages_max(monarch_n_pages_max(cparams.n_ctx_seq, knobs.page_size)) {
+    n_pages_max(monarch_n_pages_max(cparams.n_ctx_seq, knobs.page_size)),
+    fingerprint(monarch_model_fingerprint(model)) {
     // cold pages bring their own rotation; hot tokens stay as the model made them
     attn_rot_k = false;
     attn_rot_v = false;
@@ -176,10 +195,11 @@ monarch_kv_cache::monarch_kv_cache(
         }
     }
 
-    cold_bufs.emplace_back(std::move(ctx), std::move(buf));
+    cold_ctx = std::move(ctx);
+    cold_buf = std::move(buf);
 
     LLAMA_LOG_INFO("%s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
-            n_slots, n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold_bufs[0].second.get())/1024.0/1024.0);
+            n_slots, n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold_buf.get())/1024.0/1024.0);
 }
 
 uint32_t monarch_kv_cache::n_hot() const {
@@ -265,7 +285,7 @@ llama_memory_context_ptr monarch_kv_cache::init_batch(llama_batch_allocr & ballo
 
     if (balloc.get_n_used() < balloc.get_n_tokens() || !fits(ubatches)) {
         if (table.n_free() == 0) {
-            LLAMA_LOG_WARN("%s: no free page: removed tails left too many short pages\n", __func__);
+            LLAMA_LOG_WARN("%s: no free page: removed tokens left too many short pages\n", __func__);
         }
         return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
@@ -295,10 +315,16 @@ void monarch_kv_cache::schedule_page_outs() {
     auto it = in_order.lower_bound({ knobs.sink_tokens, 0 });
 
     while (it != in_order.end() && it->first + knobs.page_size <= end && pending.size() < n_out_max) {
-        page_out out = { it->first, {} };
+        page_out out = { it->first, 0, {} };
 
-        for (int32_t i = 0; i < knobs.page_size; ++i, ++it) {
-            out.slots.push_back(it->second);
+        // where tokens were removed, the one before stands in and counts nowhere
+        for (int32_t i = 0; i < knobs.page_size; ++i) {
+            if (it != in_order.end() && it->first == out.first_pos + i) {
+                out.mask |= 1u << i;
+                out.slots.push_back(it++->second);
+            } else {
+                out.slots.push_back(out.slots.back());
+            }
         }
 
         pending.push_back(std::move(out));
@@ -333,10 +359,12 @@ void monarch_kv_cache::commit() {
     const auto          events    = collect_events();
 
     for (const auto & out : pending) {
-        table.push(out.first_pos, knobs.page_size);
+        table.push(out.first_pos, out.mask);
 
-        for (const int32_t slot : out.slots) {
-            v_cells[0].rm(slot);
+        for (size_t i = 0; i < out.slots.size(); ++i) {
+            if (out.mask >> i & 1) {
+                v_cells[0].rm(out.slots[i]);
+            }
         }
     }
 
@@ -385,7 +413,7 @@ void monarch_kv_cache::forget_logs() {
     }
 }
 
-// the summary of a page that lost its tail, from what is left of it
+// the summary of a page that lost tokens, from what is left of it
 void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
     const monarch_op_params op = get_op_params(0, 0.0f);
 
@@ -395,11 +423,18 @@ void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
             monarch_codec_decode_page_k(&op.codec, (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, page.phys), k.data());
 
-            for (int32_t i = 0; i < page.n_tokens && op.codec.bits_k != 16; ++i) {
+            int32_t n = 0;
+            for (int32_t i = 0; i < knobs.page_size; ++i) {
+                if (page.mask >> i & 1) {
+                    std::copy_n(k.data() + i*head_dim, head_dim, k.data() + n++*head_dim);
+                }
+            }
+
+            for (int32_t i = 0; i < n && op.codec.bits_k != 16; ++i) {
                 monarch_codec_unrotate(head_dim, k.data() + i*head_dim);
             }
 
-            monarch_summary_encode(op.scorer, head_dim, page.n_tokens, k.data(),
+            monarch_summary_encode(op.scorer, head_dim, n, k.data(),
                     (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys), page.phys%MONARCH_SUMMARY_GROUP);
         }
     }
@@ -417,17 +452,12 @@ bool monarch_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return true;
     }
 
-    if (p1 <= seq_pos_max(0)) {
-        LLAMA_LOG_ERROR("%s: removing [%d, %d) from the middle of a paged sequence is not supported yet\n", __func__, p0, p1);
-        return false;
-    }
-
     pending.clear();
 
     llama_kv_cache::seq_rm(0, p0, p1);
 
-    if (const auto * cut = table.truncate(p0)) {
-        update_summaries(*cut);
+    for (const auto & page : table.remove(p0, p1)) {
+        update_summaries(page);
     }
 
     return true;
@@ -479,7 +509,7 @@ llama_pos monarch_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
         return hot;
     }
 
-    const llama_pos cold = table.get_pages().front().first_pos;
+    const llama_pos cold = table.get_pages().front().begin();
 
     return hot < 0 ? cold : std::min(hot, cold);
 }
@@ -498,11 +528,9 @@ llama_pos monarch_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown() const {
     auto res = llama_kv_cache::memory_breakdown();
 
-    for (const auto & [ctx, buf] : cold_bufs) {
-        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
+    ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(cold_buf.get());
 
-        res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
-    }
+    res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(cold_ctx.get(), buft) : ggml_backend_buffer_get_size(cold_buf.get());
 
     return res;
 }
@@ -589,7 +617,7 @@ void monarch_kv_cache::set_input_table(ggml_tensor * dst) const {
 
     for (const auto & page : table.get_pages()) {
         *entry++ = page.phys;
-        *entry++ = (int32_t) page.mask();
+        *entry++ = (int32_t) page.mask;
     }
 }
 
@@ -651,7 +679,7 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
 
                 const auto * page = by_phys[log[j].page];
 
-                const monarch_event event = { 0, (int32_t) layers[i].il, (int32_t) h, page->first_pos, page->n_tokens, log[j].estimated, log[j].measured };
+                const monarch_event event = { 0, (int32_t) layers[i].il, (int32_t) h, page->begin(), page->n_tokens(), log[j].estimated, log[j].measured };
 
                 if (hooks.on_promote) {
                     res.push_back({ hooks.on_promote, event });
@@ -721,7 +749,7 @@ std::vector<monarch_page> monarch_kv_cache::get_pages() const {
     std::vector<int32_t> index(n_pages_max, -1);
     for (const auto & page : table.get_pages()) {
         index[page.phys] = res.size();
-        res.push_back({ page.first_pos, page.n_tokens, 0, 0 });
+        res.push_back({ page.begin(), page.n_tokens(), 0, 0 });
     }
 
     for (size_t i = 0; i < cold_layers.size(); ++i) {

@@ -16,6 +16,7 @@
 
 #include <string>
 
+struct monarch_paged_state;
 struct monarch_stock_state;
 
 class monarch_kv_cache : public llama_kv_cache {
@@ -104,6 +105,7 @@ private:
     // a page that leaves the hot window in the present step
     struct page_out {
         int32_t              first_pos;
+        uint32_t             mask;
         std::vector<int32_t> slots;
     };
 
@@ -116,9 +118,24 @@ private:
     void     update_summaries(const monarch_page_table::page & page);
     bool     is_sticky(uint8_t count) const;
 
-    void     restore     (const monarch_stock_state & state);
-    void     restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0);
-    void     restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot);
+    // of stock's states
+    void     stock_read        (llama_io_read_i & io, bool is_whole);
+    void     stock_restore     (const monarch_stock_state & state);
+    void     stock_restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0);
+    void     stock_restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot);
+
+    // of our own
+    monarch_paged_state paged_describe() const;
+
+    void     paged_write_hot   (llama_io_write_i & io) const;
+    void     paged_write_page  (llama_io_write_i & io, const monarch_page_table::page & page) const;
+    void     paged_write_sticky(llama_io_write_i & io) const;
+    void     paged_read        (llama_io_read_i & io);
+    void     paged_restore     (const monarch_paged_state & state);
+
+    size_t   paged_hot_size   (uint32_t n) const;
+    size_t   paged_page_size  ()           const;
+    size_t   paged_sticky_size(uint32_t n) const;
 
     void     forget_logs();
     uint32_t n_page_outs_max() const { return n_ubatch/knobs.page_size + 2; } // of one step
@@ -138,6 +155,7 @@ private:
     const uint32_t n_head_kv;
     const int32_t  head_dim;
     const uint32_t n_pages_max;
+    const uint32_t fingerprint; // of the model
 
     monarch_page_table    table;
     std::vector<page_out> pending;
@@ -150,7 +168,8 @@ private:
 
     std::vector<cold_layer> cold_layers;
 
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> cold_bufs;
+    ggml_context_ptr        cold_ctx;
+    ggml_backend_buffer_ptr cold_buf;
 };
 
 class monarch_kv_cache_context : public llama_kv_cache_context {

@@ -8,12 +8,13 @@
 class monarch_page_table {
 public:
     struct page {
-        int32_t phys;
-        int32_t first_pos;
-        int32_t n_tokens; // valid ones; fewer than were encoded once a tail was removed
+        int32_t  phys;
+        int32_t  first_pos; // of bit 0, whether or not that token is there
+        uint32_t mask;      // tokens that are there; fewer than were encoded once some were removed
 
-        uint32_t mask() const { return n_tokens == 32 ? UINT32_MAX : (1u << n_tokens) - 1; }
-        int32_t  end()  const { return first_pos + n_tokens; }
+        int32_t n_tokens() const;
+        int32_t begin()    const; // position of the first token there
+        int32_t end()      const; // and one past the last
     };
 
     // seed: 0 hands out physical pages in ascending order, anything else in a shuffled one
@@ -26,10 +27,10 @@ public:
     int32_t  get_free(uint32_t i) const;
     uint32_t n_free() const { return free.size(); }
 
-    void push(int32_t first_pos, int32_t n_tokens);
+    void push(int32_t first_pos, uint32_t mask);
 
-    // forget the tokens at pos and after; returns the page that was cut in two, or null
-    const page * truncate(int32_t pos);
+    // forget the tokens at [p0, p1); returns the pages that lost some but not all
+    std::vector<page> remove(int32_t p0, int32_t p1);
 
     const std::vector<page> & get_pages() const { return pages; }
 
@@ -37,8 +38,6 @@ public:
     uint32_t n_tokens() const { return n_cold; }
 
 private:
-    void pop();
-
     uint32_t n_phys = 0;
     uint32_t seed   = 0;
     uint32_t n_cold = 0;

@@ -40,6 +40,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
+        ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp)
     target_include_directories(${target} PRIVATE ${MONARCH_DIR})
     set_source_files_properties(
@@ -48,6 +49,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
+        ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp
         PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()

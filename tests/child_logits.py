@@ -4,8 +4,10 @@ Standard input: a JSON list of cases; argument: the .npz to write. A case:
   model, n_ctx, n_ubatch, type_k, type_v, flash_attn   the context
   env      MONARCH_* variables
   seed     order of physical pages (patched library)
-  steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail; ["clear"]; ["abort", n] aborts a decode of n
-           tokens at every node in turn, then decodes them; ["save", file] and ["load", file, bytes] of a sequence state
+  steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail, ["rm", p0, p1] what lies between; ["clear"];
+           ["abort", n] aborts a decode of n tokens at every node in turn, then decodes them; ["save", file] and
+           ["load", file, bytes] of a sequence state; ["damage", file, offsets, bits] loads it cut at each offset and
+           with each bit flipped, and reports those that were accepted
   tokens   the tokens that decode steps take in order, position after position
 Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string.
 """
@@ -100,7 +102,21 @@ class Context:
     def load(self, path: str, n_bytes: int) -> int:
         """Of the file's first n_bytes (all: -1); returns what the library took."""
         with open(path, "rb") as file:
-            content = file.read(n_bytes)
+            return self.set_state(file.read(n_bytes))
+
+    def damage(self, path: str, cuts: list[int], bits: list[int]) -> list[str]:
+        """What the library took although it is damaged."""
+        with open(path, "rb") as file:
+            content = file.read()
+        taken = [f"cut at {cut}" for cut in cuts if self.set_state(content[:cut])]
+        for bit in bits:
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            if self.set_state(bytes(flipped)):
+                taken.append(f"bit {bit % 8} of byte {bit // 8}")
+        return taken
+
+    def set_state(self, content: bytes) -> int:
         data = (ctypes.c_uint8 * len(content)).from_buffer_copy(content)
         return llama_cpp.llama_state_seq_set_data(self.ctx, data, len(data), 0)
 
@@ -141,13 +157,16 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
                 taken += len(chunk)
                 pos += len(chunk)
         elif name == "rm":
-            info["status"].append(int(llama_cpp.llama_memory_seq_rm(ctx.memory, 0, args[0], -1)))
-            pos = args[0]
+            p0, p1 = args if len(args) == 2 else (args[0], -1)
+            info["status"].append(int(llama_cpp.llama_memory_seq_rm(ctx.memory, 0, p0, p1)))
+            pos = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) + 1
         elif name == "clear":
             llama_cpp.llama_memory_clear(ctx.memory, True)
             pos = 0
         elif name == "save":
             info["status"].append(ctx.save(*args))
+        elif name == "damage":
+            info["status"].append(ctx.damage(*args))
         elif name == "load":
             info["status"].append(ctx.load(*args))
             pos = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) + 1

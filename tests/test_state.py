@@ -1,4 +1,4 @@
-"""Stock sequence states restored into a paged context."""
+"""States of a paged context: its own, and stock ones restored into it. What is damaged or foreign changes nothing."""
 
 from pathlib import Path
 
@@ -57,7 +57,151 @@ def test_a_state_that_does_not_fit_changes_nothing(
     assert np.array_equal(got.logits, want.logits)
 
 
-def test_saving_is_refused_until_it_is_there(patched_bin: Path, tmp_path: Path, case: dict) -> None:
-    file = str(tmp_path / "state")
-    (got,) = run_cases(patched_bin, tmp_path, [case | {"env": ENV, "steps": [["decode", 200], ["save", file]]}])
-    assert got.info["status"] == [0, 0]
+#
+# states of its own
+#
+
+PAGED = {
+    "MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "64", "MONARCH_DENSE_LAYERS": "0",
+}  # fmt: skip
+UPSTREAM_HEADER, HEADER = 8, 80
+RECORDS = 16 * 2 * 2 * 34 * 2 + 2 * 2 * 136  # a page of 2 layers and 2 KV heads of 64 values, and its summaries
+
+
+@pytest.fixture
+def saved(patched_bin: Path, tmp_path: Path, case: dict) -> Path:
+    """A state with cold pages, some cut, and sticky ones among them."""
+    file = tmp_path / "own"
+    steps = [["decode", 200], *decode(40), ["rm", 100, 120], ["rm", 230], *decode(20), ["save", str(file)]]
+    (got,) = run_cases(patched_bin, tmp_path, [case | {"env": PAGED, "steps": steps}])
+    assert got.info["status"][-1] == file.stat().st_size > 0 and got.info["stats"]["n_sticky"] > 0
+    return file
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("mode", ["paged", "exact", "window"])
+def test_a_restored_state_goes_on_as_if_nothing_had_happened(
+    patched_bin: Path, tmp_path: Path, case: dict, mode: str, seed: int
+) -> None:
+    """The ring starts anew, so sums may round differently; choices, counters and tokens may not."""
+    env, file = PAGED | {"MONARCH_MODE": mode}, str(tmp_path / "own")
+    before = [["decode", 200], *decode(40), ["rm", 100, 120], ["rm", 230], *decode(20), ["save", file]]
+    case = case | {"env": env, "tokens": random_tokens(400)}
+    whole = case | {"steps": before + decode(40)}
+    rest = case | {"seed": seed, "tokens": case["tokens"][260:], "steps": [["load", file, -1], *decode(40)]}
+    (want,) = run_cases(patched_bin, tmp_path, [whole])
+    (got,) = run_cases(patched_bin, tmp_path, [rest])
+    assert got.info["status"][0] == Path(file).stat().st_size
+    assert nmse(got.logits, want.logits[260:]) <= 1e-9
+    assert np.array_equal(got.logits.argmax(1), want.logits[260:].argmax(1))
+    assert got.info["stats"] == want.info["stats"]
+    assert (got.info["pos_min"], got.info["pos_max"]) == (want.info["pos_min"], want.info["pos_max"])
+
+
+def test_a_state_is_as_small_as_its_pages(patched_bin: Path, stock_bin: Path, tmp_path: Path, case: dict) -> None:
+    steps = [["decode", 4000], ["save", ""]]
+    case = case | {"n_ctx": 4352, "n_ubatch": 512, "tokens": random_tokens(4000)}
+    sizes = []
+    for lib_dir, env in ((stock_bin, {}), (patched_bin, PAGED)):
+        file = tmp_path / str(len(sizes))
+        run_cases(lib_dir, tmp_path, [case | {"env": env, "steps": [steps[0], ["save", str(file)]]}])
+        sizes.append(file.stat().st_size)
+    assert sizes[1] <= 0.32 * sizes[0]  # 62 of 4000 tokens are hot
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing(
+    patched_bin: Path, tmp_path: Path, case: dict, saved: Path
+) -> None:
+    """Cut at every byte of the header and at every page's border, every bit of the header, many of the body."""
+    data = saved.read_bytes()
+    size, rng = len(data), np.random.default_rng(3)
+    n_pages, n_hot = (int.from_bytes(data[at : at + 4], "little") for at in (68, 72))
+    tables = UPSTREAM_HEADER + HEADER + 8 * n_pages + 4 * n_hot + 4
+    pages = tables + n_hot * 2 * 2 * 2 * 64 * 2 + 4
+    cuts = [*range(tables + 1), *range(pages, size, RECORDS + 4), *range(pages - 4, pages), *range(size - 9, size)]
+    bits = [*range(8 * UPSTREAM_HEADER, 8 * tables), *map(int, rng.integers(8 * tables, 8 * size, 300)), 8 * size - 1]
+    live = [["decode", 200]]
+    rough = case | {"env": PAGED, "steps": [*live, ["damage", str(saved), cuts, bits], *decode(20)]}
+    calm = case | {"env": PAGED, "steps": [*live, *decode(20)]}
+    got, want = run_cases(patched_bin, tmp_path, [rough, calm])
+    assert got.info["status"][1] == []
+    assert np.array_equal(got.logits, want.logits) and got.info["stats"] == want.info["stats"]
+
+
+OTHERS = {
+    "page_size": {"MONARCH_PAGE_SIZE": "32"},
+    "bits": {"MONARCH_COLD_BITS_V": "3"},
+    "hot window": {"MONARCH_HOT_WINDOW": "48"},
+    "sink tokens": {"MONARCH_SINK_TOKENS": "4"},
+    "scorer": {"MONARCH_SCORER": "minmax"},
+    "residual": {"MONARCH_RESIDUAL_K": "on"},
+}
+
+
+def test_a_state_of_another_geometry_or_model_is_refused(
+    patched_bin: Path, stock_bin: Path, tmp_path: Path, case: dict, saved: Path
+) -> None:
+    load = ["load", str(saved), -1]
+    other = write_random_model(tmp_path / "other.gguf", head_dim=64, n_head=4, n_head_kv=2, seed=9)
+    wider = write_random_model(tmp_path / "wider.gguf", head_dim=64, n_head=4, n_head_kv=4)
+    cases = [case | {"env": PAGED | env, "steps": [load, *decode(2)]} for env in OTHERS.values()]
+    cases += [case | {"env": PAGED, "model": str(model), "steps": [load, *decode(2)]} for model in (other, wider)]
+    cases += [case | {"env": PAGED, "type_k": "bf16", "steps": [load, *decode(2)]}]
+    cases += [case | {"env": PAGED, "n_ctx": 256, "steps": [load, *decode(2)]}]  # 256 tokens, of which it holds 230
+    got = run_cases(patched_bin, tmp_path, cases)
+    assert [result.info["status"][0] for result in got[:-1]] == [0] * (len(cases) - 1)
+    assert got[-1].info["status"][0] == saved.stat().st_size
+    (stock,) = run_cases(stock_bin, tmp_path, [case | {"steps": [load, *decode(2)]}])
+    assert stock.info["status"][0] == 0
+
+
+#
+# any order of operations
+#
+
+
+def random_steps(seed: int, n_steps: int, file: str, n_ctx: int) -> list[list]:
+    rng = np.random.default_rng(seed)
+    steps, end, start, kept = [], 0, 0, None
+    for _ in range(n_steps):
+        kind = rng.random()
+        if kind < 0.6 or end == 0:
+            n = min(int(rng.choice([1, 1, 1, 7, 33, 90])), n_ctx - end - 1)
+            if n > 0:
+                steps.append(["decode", n])
+                end += n
+        elif kind < 0.75:
+            end = int(rng.integers(max(start, end // 2), end + 1)) or 1
+            steps.append(["rm", end])
+        elif kind < 0.85 and end > 8:
+            p0, p1 = sorted(int(p) for p in rng.integers(1, end - 2, 2))
+            steps.append(["rm", p0, p1])
+        elif kind < 0.92:
+            steps.append(["save", file])
+            kept = end
+        elif kind < 0.98 and kept is not None:
+            steps.append(["load", file, -1])
+            end = kept
+        elif kind >= 0.98:
+            steps.append(["clear"])
+            end = 0
+    return steps
+
+
+@pytest.mark.parametrize("n_sequences", [12, pytest.param(250, marks=pytest.mark.long)])
+def test_any_order_of_operations_agrees_with_stock(
+    patched_bin: Path, stock_bin: Path, tmp_path: Path, case: dict, n_sequences: int
+) -> None:
+    """500 steps (10,000 in the long run) of decoding, removing, saving, restoring, clearing; the codec is lossless."""
+    ends = {"stock": [], "paged": []}
+    for seed in range(n_sequences):
+        for arm, cases in ends.items():
+            steps = random_steps(seed, 42, str(tmp_path / f"{arm}-{seed}"), 640)
+            tokens = random_tokens(sum(step[1] for step in steps if step[0] == "decode"), seed)
+            cases.append(case | {"steps": steps, "tokens": tokens, "seed": seed})
+    env = ENV | {"MONARCH_HOT_WINDOW": "24"}
+    want = run_cases(stock_bin, tmp_path, [case | {"seed": 0} for case in ends["stock"]])
+    got = run_cases(patched_bin, tmp_path, [case | {"env": env} for case in ends["paged"]])
+    for seed, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert nmse(a.logits, b.logits) <= 1e-7, (seed, ends["paged"][seed]["steps"])
+        assert (a.info["pos_min"], a.info["pos_max"]) == (b.info["pos_min"], b.info["pos_max"]), seed
