@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Trains the small model that ships, from scratch: real language from novels, and recall from generated tasks.
 
-    python scripts/train_small_model.py --novels DIR --work DIR [--preset cpu|gpu] [--minutes N] [--out FILE.gguf]
+    python scripts/train_small_model.py --novels ../shared/data/novels.tar.xz --work DIR [--out FILE.gguf]
 
-Needs torch, sentencepiece and gguf. DIR holds one text file per novel. Stops and resumes at any time: WORK keeps the
+Needs torch and sentencepiece: `pip install -e '.[train]'`. Stops and resumes at any time: WORK keeps the
 vocabulary and the last checkpoint, and every batch follows from the seed and its step. Runs on CPU and CUDA alike.
 """
 
@@ -23,27 +23,33 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from small_model import tokenizer  # noqa: E402
-from small_model.data import Corpus, Mixture, draw_batch, split_novels  # noqa: E402
+from small_model.data import Corpus, Mixture, draw_batch  # noqa: E402
 from small_model.export import write_gguf  # noqa: E402
 from small_model.net import Net, Shape  # noqa: E402
+from small_model.novels import read_novels, split_novels  # noqa: E402
 
 SEED = 20261121
 
 
 @dataclass(frozen=True)
 class Phase:
-    share: float  # of all steps
+    n_steps: int  # of N_STEPS; other numbers of steps are divided alike
     n_tokens: int  # length of a sequence
     mixture: Mixture
 
 
-# short and dense first: recall comes from many steps on it, and has to stay while the texts grow
+# Short and dense first: recall comes from many steps on it, and has to stay while the texts grow. Plain wordings first,
+# all of them once asking and answering is learned.
+LATER = Mixture(repeat=0.05, lists=0.05, facts=0.3, chats=0.15, varied=True)
 PHASES = (
-    Phase(0.08, 256, Mixture(repeat=0.5, lists=0.3, facts=0.1)),
-    Phase(0.42, 512, Mixture(repeat=0.1, lists=0.1, facts=0.3)),
-    Phase(0.25, 1024, Mixture(repeat=0.05, lists=0.05, facts=0.4)),
-    Phase(0.25, 2048, Mixture(repeat=0.05, lists=0.05, facts=0.4)),
+    Phase(144, 256, Mixture(repeat=0.5, lists=0.3, facts=0.1)),
+    Phase(556, 512, Mixture(repeat=0.1, lists=0.1, facts=0.3)),
+    Phase(380, 1024, LATER),
+    Phase(220, 2048, LATER),
+    Phase(100, 4096, LATER),
 )
+N_STEPS = sum(phase.n_steps for phase in PHASES)
+N_WARM_UP = 18
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(Shape(512, 128, 2, 2, 1, 256), 20, 512, 256, 0.01),
-    "cpu": Preset(Shape(2048, 256, 6, 4, 2, 768), 1800, 8192, 2048, 0.01),
-    "gpu": Preset(Shape(2048, 448, 9, 7, 1, 1280), 6000, 131072, 8192, 0.01, stretch=4),
+    "cpu": Preset(Shape(2048, 256, 6, 4, 2, 768), N_STEPS, 8192, 4096, 0.01),
+    "gpu": Preset(Shape(2048, 448, 9, 7, 1, 1280), 6000, 131072, 8192, 0.01, stretch=2),
 }
 
 
@@ -105,16 +111,17 @@ def make_optimizers(net: Net, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr), torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def rate(share: float) -> float:
+def rate(step: int, n_steps: int) -> float:
     """Warm-up, a plateau, then down to nothing."""
-    return min(1.0, share / 0.01, (1.0 - share) / 0.5 + 0.001)
+    return min(1.0, step / N_WARM_UP, 2 * (1.0 - step / n_steps) + 0.001)
 
 
-def find_phase(share: float) -> Phase:
+def find_phase(step: int, n_steps: int) -> Phase:
+    at = step * N_STEPS / n_steps
     for phase in PHASES:
-        if share < phase.share:
+        if at < phase.n_steps:
             return phase
-        share -= phase.share
+        at -= phase.n_steps
     return PHASES[-1]
 
 
@@ -125,20 +132,20 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.work: Path = args.work
         self.work.mkdir(parents=True, exist_ok=True)
-        paths, kept_out = split_novels(args.novels)
-        self.vocab = tokenizer.load(self.load_vocab(paths))
-        self.corpus = Corpus(paths, self.vocab)
+        texts, kept_out = split_novels(read_novels(args.novels))
+        self.vocab = tokenizer.load(self.load_vocab(texts))
+        self.corpus = Corpus(texts, self.vocab)
         self.validation = Corpus(kept_out, self.vocab)
         torch.manual_seed(SEED)
         self.net = Net(self.preset.shape).to(self.device)
+        self.forward = torch.compile(self.net, dynamic=False) if args.compile else self.net
         self.optimizers = make_optimizers(self.net, self.preset.lr)
         self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
         self.step = 0
 
-    def load_vocab(self, paths: list[Path]) -> bytes:
+    def load_vocab(self, texts: list[str]) -> bytes:
         path = self.work / "vocab.model"
         if not path.exists():
-            texts = (tokenizer.read_novel(novel) for novel in paths)
             path.write_bytes(tokenizer.train(texts, self.preset.shape.n_vocab, SEED))
         return path.read_bytes()
 
@@ -165,13 +172,12 @@ class Run:
         batch = torch.from_numpy(tokens).to(self.device)
         weight = torch.from_numpy(weights).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.net(batch[:, :-1])
+            logits = (self.forward if torch.is_grad_enabled() else self.net)(batch[:, :-1])
         losses = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
         return (losses * weight.flatten()).sum() / weight.sum().clamp(min=1)
 
     def train_step(self) -> float:
-        share = self.step / self.n_steps
-        phase = find_phase(share)
+        phase = find_phase(self.step, self.n_steps)
         n_tokens = phase.n_tokens * self.preset.stretch if self.args.preset != "tiny" else 128
         n_rows = max(1, self.preset.step_tokens // n_tokens)
         loss = self.loss(self.corpus, phase.mixture, n_rows, n_tokens, SEED, self.step)
@@ -179,7 +185,7 @@ class Run:
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
         for group, base in zip(groups, self.rates, strict=True):
-            group["lr"] = base * rate(share)
+            group["lr"] = base * rate(self.step, self.n_steps)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -229,12 +235,13 @@ class Run:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--novels", type=Path, required=True, help="folder of .txt files")
+    parser.add_argument("--novels", type=Path, required=True, help="folder or tar archive of .txt files")
     parser.add_argument("--work", type=Path, required=True, help="folder for the vocabulary and the checkpoint")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--minutes", type=float, help="stop after this time; run again to go on")
     parser.add_argument("--every", type=int, default=50, help="steps between reports")
+    parser.add_argument("--compile", action="store_true", help="a fifth faster on a CPU; needs a C++ compiler")
     parser.add_argument("--out", type=Path, help="write the GGUF when done")
     return parser.parse_args()
 

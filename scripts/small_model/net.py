@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 HEAD_DIM = 64
 N_ROTATED = HEAD_DIM // 4  # pairs that rotate; as many do not
-UNROTATED = 1e30
+UNROTATED = 1e30  # what llama.cpp divides their frequency by
 FREQ_BASE = 10000.0
 RMS_EPS = 1e-5
 
@@ -101,23 +101,22 @@ def init_weights(module: nn.Module) -> None:
 
 
 def frequencies() -> Tensor:
-    """Radians per position of each pair, [HEAD_DIM/2]."""
-    pair = torch.arange(HEAD_DIM // 2, dtype=torch.float64)
-    freq = FREQ_BASE ** (-2 * pair / HEAD_DIM)
-    freq[N_ROTATED:] /= UNROTATED
-    return freq
+    """Radians per position of each pair that rotates, [N_ROTATED]."""
+    return FREQ_BASE ** (-2 * torch.arange(N_ROTATED, dtype=torch.float64) / HEAD_DIM)
 
 
 def make_turn(n_tokens: int, device: torch.device) -> Tensor:
-    """Cosine and sine by position, [2, n_tokens, HEAD_DIM/2]."""
+    """Cosine and sine by position, [2, n_tokens, N_ROTATED]."""
     angle = torch.arange(n_tokens, dtype=torch.float64)[:, None] * frequencies()
     return torch.stack([angle.cos(), angle.sin()]).float().to(device)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Pairs (2i, 2i + 1), as llama.cpp turns them for this architecture."""
-    a, b = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.stack([a * turn[0] - b * turn[1], a * turn[1] + b * turn[0]], -1).flatten(-2).to(x.dtype)
+    """Pairs (2i, 2i + 1) of the first half, as llama.cpp turns them for this architecture."""
+    end = 2 * N_ROTATED
+    a, b = x[..., 0:end:2].float(), x[..., 1:end:2].float()
+    rotated = torch.stack([a * turn[0] - b * turn[1], a * turn[1] + b * turn[0]], -1).flatten(-2)
+    return torch.cat([rotated.to(x.dtype), x[..., end:]], -1)
 
 
 @torch.no_grad()
@@ -144,7 +143,7 @@ def set_induction(net: Net) -> None:
 
     first, second = net.blocks[0].attn, net.blocks[1].attn
     rotated, unrotated = slice(0, 2 * N_ROTATED), slice(2 * N_ROTATED, HEAD_DIM)
-    freq = frequencies()[:N_ROTATED]
+    freq = frequencies()
     first.q.weight[:HEAD_DIM] = 0.0
     first.k.weight[:HEAD_DIM] = 0.0
     first.q.weight[rotated, 0] = 1.5 * torch.stack([(-freq).cos(), (-freq).sin()], -1).flatten().float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-CONSONANTS = ["b", "br", "c", "d", "dr", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "st", "t", "th", "v", "w"]
+CONSONANTS = "b br c d dr f g h j k l m n p r s st t th v w".split()
 VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "oo"]
 ENDINGS = ["", "n", "r", "l", "s", "ck", "nd", "rt", "ley", "ton", "well", "ford"]
 
@@ -15,10 +15,24 @@ FIRST_NAMES = (
     "Simon Sophia Stephen Susan Thomas Victor Walter William"
 ).split()
 
-COLOURS = "amber black blue bronze brown copper crimson gold green grey indigo ivory olive orange pink purple red silver violet white yellow".split()
-ANIMALS = "badger bear camel cat crow deer dog donkey eagle falcon fox goat goose hare hawk horse lion mole otter owl ox pig rabbit raven seal sheep swan tiger trout wolf".split()
-PLACES = "attic barn cellar chapel church cottage forest garden harbour inn kitchen library market meadow mill orchard palace school stable station tower valley village".split()
-THINGS = "apple basket bell book bottle box candle chain clock coat coin cup drum flute glove hat key knife lamp letter map mirror pearl ring rope sword umbrella watch".split()
+COLOURS = (
+    "amber black blue bronze brown copper crimson gold green grey indigo ivory olive orange pink purple red silver "
+    "violet white yellow"
+).split()
+ANIMALS = (
+    "badger bear camel cat crow deer dog donkey eagle falcon fox goat goose hare hawk horse lion mole otter owl ox "
+    "pig rabbit raven seal sheep swan tiger trout wolf"
+).split()
+PLACES = (
+    "attic barn cellar chapel church cottage forest garden harbour inn kitchen library market meadow mill orchard "
+    "palace school stable station tower valley village"
+).split()
+THINGS = (
+    "apple basket bell book bottle box candle chain clock coat coin cup drum flute glove hat key knife lamp letter "
+    "map mirror pearl ring rope sword umbrella watch"
+).split()
+
+LISTS = {"COLOURS": COLOURS, "ANIMALS": ANIMALS, "PLACES": PLACES, "THINGS": THINGS}
 
 
 def make_word(rng: random.Random) -> str:
@@ -45,7 +59,8 @@ class Relation:
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
-    value: str  # number, word, or the name of a list above
+    value: str  # number, word, phrase, or the name of a list above
+    answer: str = ""  # the first statement when empty
 
 
 RELATIONS = (
@@ -86,6 +101,112 @@ RELATIONS = (
     ),
 )
 
+# with these from the middle of the training on: by then asking and answering is learned, and variety is what is missing
+MORE_RELATIONS = (
+    *RELATIONS,
+    Relation(
+        ("The code of {n} is {v}.", "{n} opened the door with the code {v}.", "All knew that the code of {n} was {v}."),
+        ("What is the code of {n}?", "Which code does {n} use?", "Do you know the code of {n}?"),
+        "number",
+    ),
+    Relation(
+        ("The passphrase of {n} is {v}.", "{n} whispered the passphrase {v}.", "The passphrase {n} gave was {v}."),
+        ("What is the passphrase of {n}?", "Which passphrase did {n} give?", "What did {n} whisper?"),
+        "phrase",
+    ),
+    Relation(
+        ("The magic word of {n} is {v}.", "{n} cried the magic word {v}!", "No door stays shut when {n} says {v}."),
+        ("What is the magic word of {n}?", "Which magic word did {n} cry?", "What does {n} say to open a door?"),
+        "word",
+    ),
+    Relation(
+        ("{n} lives at number {v}.", "The house of {n} is number {v}.", "Letters for {n} go to number {v}."),
+        ("Where does {n} live?", "At which number does {n} live?", "What is the house of {n}?"),
+        "number",
+    ),
+    Relation(
+        ("{n} owes {v} pounds.", "{n} had borrowed {v} pounds.", "The debt of {n} was {v} pounds."),
+        ("How much does {n} owe?", "How many pounds has {n} borrowed?", "What is the debt of {n}?"),
+        "number",
+    ),
+    Relation(
+        ("The dog of {n} is called {v}.", "{n} called the dog {v}.", "{n} had a dog by the name of {v}."),
+        ("What is the dog of {n} called?", "What is the name of {n}'s dog?", "How did {n} call the dog?"),
+        "word",
+    ),
+    Relation(
+        ("{n} comes from {v}.", "{n} was born in {v}.", "The town of {n} was called {v}."),
+        ("Where does {n} come from?", "Where was {n} born?", "Which town does {n} come from?"),
+        "name",
+    ),
+    Relation(
+        ("The treasure of {n} is hidden in the {v}.", "{n} buried the treasure in the {v}.",
+         "Look in the {v} for the treasure of {n}."),
+        ("Where is the treasure of {n}?", "Where did {n} bury the treasure?",
+         "Where must I look for the treasure of {n}?"),
+        "PLACES",
+    ),
+    Relation(
+        ("{n} is to marry {v}.", "{n} was engaged to {v}.", "{n} will be the wife of {v}."),
+        ("Whom is {n} to marry?", "To whom was {n} engaged?", "Whose wife will {n} be?"),
+        "name",
+    ),
+    Relation(
+        ("{n} wants a {v}.", "{n} wished for nothing but a {v}.", "If only {n} had a {v}!"),
+        ("What does {n} want?", "What did {n} wish for?"),
+        "THINGS",
+    ),
+)  # fmt: skip
+
+# what a user says of himself in a conversation
+OWN_RELATIONS = (
+    Relation(
+        ("My name is {v}.", "I am {v}.", "I am called {v}."),
+        ("What is my name?", "Who am I?"),
+        "name",
+        "Your name is {v}.",
+    ),
+    Relation(
+        ("My dog is called {v}.", "I have a dog called {v}."),
+        ("What is my dog called?", "What is the name of my dog?"),
+        "word",
+        "Your dog is called {v}.",
+    ),
+    Relation(
+        ("I live in {v}.", "My home is in {v}."),
+        ("Where do I live?", "Where is my home?"),
+        "name",
+        "You live in {v}.",
+    ),
+    Relation(
+        ("My favourite colour is {v}.", "I like {v} best."),
+        ("What is my favourite colour?", "Which colour do I like best?"),
+        "COLOURS",
+        "Your favourite colour is {v}.",
+    ),
+    Relation(
+        ("My secret code is {v}.", "Remember my code: {v}."),
+        ("What is my secret code?", "Tell me my code."),
+        "number",
+        "Your secret code is {v}.",
+    ),
+    Relation(
+        ("I left my {v} at home.", "I have lost my {v}."),
+        ("What have I lost?", "What did I leave at home?"),
+        "THINGS",
+        "You have lost your {v}.",
+    ),
+)
+
+LEAD_INS = (
+    *4 * ("",),
+    "I have a question. ",
+    "Please tell me. ",
+    "According to the text: ",
+    "Do you remember? ",
+    "Now answer me. ",
+)
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -103,25 +224,34 @@ class Fact:
 
     @property
     def answer(self) -> str:
-        """The first wording: an answer does not depend on how the fact was put."""
-        return self.relation.statements[0].format(n=self.name, v=self.value)
+        """In the same words however the fact was put."""
+        return (self.relation.answer or self.relation.statements[0]).format(n=self.name, v=self.value)
 
 
 def make_value(kind: str, rng: random.Random) -> str:
     if kind == "number":
         return make_number(rng)
-    return make_word(rng) if kind == "word" else rng.choice(globals()[kind])
+    if kind == "name":
+        return make_name(rng)
+    if kind == "phrase":
+        return f"{rng.choice(COLOURS)} {rng.choice(ANIMALS)} {rng.choice(THINGS)}"
+    return make_word(rng) if kind == "word" else rng.choice(LISTS[kind])
 
 
-def make_facts(n: int, rng: random.Random) -> list[Fact]:
+def make_facts(n: int, rng: random.Random, relations: tuple[Relation, ...] = RELATIONS) -> list[Fact]:
     """Facts that do not contradict each other: a name has one of each kind at most."""
     facts: dict[tuple[str, Relation], Fact] = {}
     while len(facts) < n:
-        relation = RELATIONS[0] if rng.random() < 0.25 else rng.choice(RELATIONS)
+        relation = relations[0] if rng.random() < 0.25 else rng.choice(relations)
         name = make_name(rng)
         wording = rng.randrange(len(relation.statements))
         facts.setdefault((name, relation), Fact(relation, name, make_value(relation.value, rng), wording))
     return list(facts.values())
+
+
+def make_own_facts(n: int, rng: random.Random) -> list[Fact]:
+    relations = rng.sample(OWN_RELATIONS, n)
+    return [Fact(each, "", make_value(each.value, rng), rng.randrange(len(each.statements))) for each in relations]
 
 
 def make_turn(facts: list[Fact], rng: random.Random) -> tuple[str, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import random
-import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 
-USER, ASSISTANT = "<|user|>", "<|assistant|>"
+from .needles import ASSISTANT, USER
+
 BOS, EOS = 1, 2
 
 CHAT_TEMPLATE = (
@@ -19,14 +18,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<|user|>\\n' + message['content'] + eos_token + '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-
-
-def read_novel(path: Path) -> str:
-    """The text with paragraphs as lines: the files wrap lines hard."""
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\r", "")
-    paragraphs = re.split(r"\n\s*\n", text) if "\n\n" in text else re.sub(r"\n(?=[ \"'A-Z])", "\n\n", text).split("\n\n")
-    lines = (" ".join(part.split()) for part in paragraphs)
-    return "\n".join(line for line in lines if line)
 
 
 def train(texts: Iterable[str], n_vocab: int, seed: int) -> bytes:
