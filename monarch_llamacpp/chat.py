@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .chat_commands import COMMANDS, Leave, read_text, run_command
 from .chat_input import History, ReadLine, pipe_line, read_entry, terminal_line
+from .chat_state import load_session, save_session
 from .chat_view import ProgressLine, pages_summary, say, turn_line
 from .errors import MonarchError, UsageError
 from .knobs import Knobs, add_knob_arguments, knobs_from_args, specs
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument("-p", "--prompt", help="answer this and leave; piped input is put before it")
     parser.add_argument("-f", "--file", help="a text, of any length, put before the first message; - is standard input")
+    parser.add_argument("--session", type=Path, metavar="FILE", help="go on with the conversation kept in it")
     parser.add_argument("--ctx-size", type=int, default=0, metavar="N", help="most tokens held (default: as trained)")
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the number of cores)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampler (default: another each time)")
@@ -68,6 +70,16 @@ class Chat:
             return INTERRUPTED
 
     def _run(self, args: argparse.Namespace) -> int:
+        if args.session and args.session.exists():
+            n_tokens = load_session(self.session, args.session)
+            say(f"{args.session}: {n_tokens} tokens, {len(self.session.messages)} messages")
+        try:
+            return self._answer_all(args)
+        finally:
+            if args.session:
+                self.save(args.session)
+
+    def _answer_all(self, args: argparse.Namespace) -> int:
         self._warn_beyond_training()
         if args.file:
             self.load(args.file)
@@ -136,6 +148,10 @@ class Chat:
         n_tokens = self.session.add_context(read_text(path))
         say(f"{path}: {n_tokens} of {self.session.decoder.n_ctx} tokens, put before the next message")
 
+    def save(self, path: Path) -> None:
+        n_bytes = save_session(self.session, path)
+        say(f"{path}: {len(self.session.decoder.held)} tokens kept in {n_bytes / 2**20:.1f} MiB")
+
     def _show(self, turn: Turn) -> None:
         self._progress.clear()
         if turn.text:
@@ -202,6 +218,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--threads {args.threads}: allowed is 1 and more")
     if args.seed is not None and not 0 <= args.seed < 1 << 32:
         raise UsageError(f"--seed {args.seed}: allowed is 0 to {(1 << 32) - 1}")
+    if args.session and not args.session.absolute().parent.is_dir():
+        raise UsageError(f"--session {args.session}: its folder does not exist")
     if args.file == "-" and args.prompt is None:
         raise UsageError("--file - needs --prompt: standard input cannot be both text and conversation")
 

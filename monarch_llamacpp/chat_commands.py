@@ -74,6 +74,12 @@ def _load(chat: Chat, path: str) -> None:
     chat.load(path)
 
 
+def _save(chat: Chat, path: str) -> None:
+    if not path:
+        raise UsageError("/save needs a file; --session FILE goes on with it")
+    chat.save(Path(path).expanduser())
+
+
 def _set(chat: Chat, argument: str) -> None:
     name, _, value = argument.partition(" ")
     if name and not value:
@@ -105,6 +111,7 @@ COMMANDS = {
     "/regen": Command("", "answer the last message again", _regen),
     "/system": Command("TEXT", "set the system message", _system),
     "/load": Command("FILE", "put a text file before the next message", _load),
+    "/save": Command("FILE", "keep the conversation; --session FILE goes on with it", _save),
     "/set": Command("KNOB VALUE", "change a knob; alone: list them", _set),
     "/stats": Command("", "statistics of the cache", _stats),
     "/pages": Command("", "a picture of the page table", _pages),

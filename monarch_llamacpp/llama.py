@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
@@ -77,6 +78,21 @@ class Llama(llama_cpp.Llama):
     def set_knob(self, name: str, value: Value) -> None:
         """Changes a live knob; text is parsed as on the command line."""
         SHIM.set_knob(self.ctx, name, find_spec(name).parse(value) if isinstance(value, str) else value)
+
+    def get_sequence_state(self) -> bytes:
+        """All that the cache holds of sequence 0, for set_sequence_state()."""
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+        data = (ctypes.c_uint8 * size)()
+        if size == 0 or llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0) != size:
+            raise MonarchError(f"the state cannot be saved: {_cause()}")
+        return bytes(data)
+
+    def set_sequence_state(self, state: bytes) -> None:
+        """Replaces what the cache holds; a state that does not fit changes nothing and raises MonarchError."""
+        _last_errors.clear()
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if llama_cpp.llama_state_seq_set_data(self.ctx, data, len(state), 0) != len(state):
+            raise MonarchError(f"the state cannot be restored: {_cause()}")
 
     def set_hooks(
         self, *, on_page_out: Hook = None, on_promote: Hook = None, on_sticky: Hook = None, on_page_in: Hook = None

@@ -125,10 +125,10 @@ def test_pages_summary_gives_the_mean_of_promoted_pages():
 
 
 def test_commands_refuse_in_one_line():
-    for line in ("/nope", "/", "/load", "/set mode"):
+    for line in ("/nope", "/", "/load", "/save", "/set mode"):
         with pytest.raises(UsageError):
             run_command(None, line)
-    assert {"/help", "/clear", "/regen", "/system", "/load", "/set", "/stats", "/pages", "/exit"} == set(COMMANDS)
+    assert " ".join(COMMANDS) == "/help /clear /regen /system /load /save /set /stats /pages /exit"
 
 
 def test_only_text_is_loaded(tmp_path):
@@ -334,8 +334,7 @@ def test_closed_output_is_no_traceback(fake):
 def test_paged_chat_recalls_what_left_the_hot_window(real, haystack):
     first, second = haystack.needles[:2]
     asked = [question(first), "/pages", "/set mode window", question(second), "/set mode exact", "/regen", "/stats"]
-    knobs = ["--mode", "paged", "--hot-window", 64, "--promote-tokens", 128, "--dense-layers", 0]
-    result = real.run("recall.gguf", *knobs, "-f", "long.txt", stdin="\n".join(asked))
+    result = real.run("recall.gguf", *PAGED, "-f", "long.txt", stdin="\n".join(asked))
     assert (result.returncode, errors(result)) == (0, []), result.stderr
     assert result.stdout == expected(first) + "unknown.\n" + expected(second)
     assert re.search(r"^   0 S[.+*]{50}", result.stderr, re.M)
@@ -343,6 +342,75 @@ def test_paged_chat_recalls_what_left_the_hot_window(real, haystack):
     n_cold = [int(n) for n in re.findall(r"promoted, (\d+) cold pages", result.stderr)]
     assert n_promoted[0] == 8 and n_promoted[1] == 0 and n_promoted[2] == n_cold[2] > 150
     assert re.search(r"^mode +exact$", result.stderr, re.M)
+
+
+PAGED = ["--mode", "paged", "--hot-window", 64, "--promote-tokens", 128, "--dense-layers", 0]
+
+
+def test_a_kept_conversation_goes_on_without_reading_it_again(real, haystack, tmp_path):
+    first, second = haystack.needles[:2]
+    file = tmp_path / "kept"
+    begun = real.run("recall.gguf", *PAGED, "--session", file, "-f", "long.txt", "-p", question(first))
+    assert (begun.returncode, begun.stdout) == (0, expected(first)), begun.stderr
+    assert file.stat().st_size < 0.35 * 2 * 2 * 128 * 2 * 3000 + 2**17  # of f16 K and V of 3000 tokens in two layers
+    went_on = real.run("recall.gguf", *PAGED, "--session", file, stdin=question(second))
+    assert (went_on.returncode, went_on.stdout) == (0, expected(second)), went_on.stderr
+    assert int(re.search(r", (\d+) reused", went_on.stderr)[1]) > 2900
+    again = real.run("recall.gguf", *PAGED, "--session", file, stdin="/regen")
+    assert again.stdout == expected(second) and "4 messages" in again.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_save_command_keeps_and_a_killed_chat_leaves_the_file_whole(real, haystack, tmp_path):
+    first, second = haystack.needles[:2]
+    file = tmp_path / "kept"
+    command = real.argv("recall.gguf", *PAGED, "-f", "long.txt")
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    chat = subprocess.Popen(command, cwd=real.folder, env=real.env, stdin=pipe, stdout=null, stderr=null, text=True)
+    chat.stdin.write(f"{question(first)}\n/save {file}\n")
+    chat.stdin.flush()
+    wait_for(file.exists)
+    chat.kill()
+    chat.wait()
+    went_on = real.run("recall.gguf", *PAGED, "--session", file, stdin=question(second))
+    assert (went_on.returncode, went_on.stdout) == (0, expected(second)), went_on.stderr
+    assert int(re.search(r", (\d+) reused", went_on.stderr)[1]) > 2900
+
+
+def wait_for(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_session_that_does_not_fit_is_refused_and_stays(real, haystack, tmp_path):
+    file = tmp_path / "kept"
+    assert real.run("recall.gguf", *PAGED, "--session", file, "-p", "hello").returncode == 0
+    whole = file.read_bytes()
+    damaged = {
+        "is not a saved conversation": [b"", b"x" * 100, whole[:12]],
+        "does not match its checksum": [whole[:40], whole[:20] + b"#" + whole[21:]],
+        "the state cannot be restored": [whole[:-100], whole[:-50] + b"####" + whole[-46:]],
+    }
+    for reason, contents in damaged.items():
+        for content in contents:
+            file.write_bytes(content)
+            result = real.run("recall.gguf", *PAGED, "--session", file, "-p", "hello")
+            assert result.returncode == 1 and len(errors(result)) == 1 and reason in result.stderr, result.stderr
+            assert file.read_bytes() == content
+    file.write_bytes(whole)
+    result = real.run("recall.gguf", *PAGED, "--hot-window", 128, "--session", file, "-p", "hello")
+    assert result.returncode == 1 and "hot_window" in errors(result)[0]
+    assert file.read_bytes() == whole
+
+
+def test_a_session_that_cannot_be_written_is_one_line(real, tmp_path):
+    result = real.run("recall.gguf", "--session", tmp_path / "no" / "file", "-p", "hello")
+    assert result.returncode == 2 and "its folder does not exist" in result.stderr
+    result = real.run("recall.gguf", stdin=f"hello\n/save {tmp_path}\n/save /proc/x")
+    assert result.returncode == 1 and len(errors(result)) == 2, result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_off_is_plain_llama_cpp(real, haystack):
