@@ -53,6 +53,23 @@ def check_paging(llm: Llama) -> None:
     assert all(0 <= event.layer < 2 and event.head_kv == 0 for event in promoted)
 
 
+def check_state(llm: Llama) -> None:
+    """llama-cpp-python's own way of keeping a context."""
+    before, kept = llm.stats(), llm.save_state()
+    assert kept.llama_state_size < 0.35 * 2 * 2 * 128 * 2 * before.n_tokens + 2**18  # of f16 K and V
+    again = []
+    for _ in range(2):
+        llm.load_state(kept)
+        now = llm.stats()
+        assert (now.n_tokens, now.n_pages, now.n_promotions) == (before.n_tokens, before.n_pages, before.n_promotions)
+        assert llm.n_tokens == before.n_tokens
+        llm.eval(llm.tokenize(b" The passphrase", add_bos=False))
+        again.append(int(llm.sample(temp=0.0)))
+        llm.eval([5] * 100)
+    assert again[0] == again[1]
+    llm.load_state(kept)
+
+
 def check_hooks_end(llm: Llama) -> None:
     seen = []
     llm.set_hooks(on_promote=seen.append)
@@ -81,6 +98,7 @@ def check_environment() -> None:
 check_defaults()
 model = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
 check_paging(model)
+check_state(model)
 check_hooks_end(model)
 check_knobs(model)
 check_environment()
