@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,8 +17,10 @@ from .convert_hparams import Hparams, add_hparams, read_hparams
 from .convert_safetensors import Checkpoint
 from .convert_source import DEFAULT_REPO, find_source
 from .convert_tensors import OUTTYPES, Plan, plan_tensors, write_tensors
-from .convert_vocab import add_vocab, read_vocab
+from .convert_vocab import Vocab, add_vocab, read_vocab
 from .errors import MonarchError, UsageError
+
+MAGIC = b"GGUF"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output)
     folder, name = find_source(args.source)
     n_bytes = convert(folder, args.output, args.outtype, name)
-    print(f"{args.output}: {n_bytes / 2**20:.0f} MiB, {args.outtype}", file=sys.stderr)
+    print(f"{args.output}: {n_bytes / 2**20:.1f} MiB, {args.outtype}", file=sys.stderr)
     return 0
 
 
@@ -41,13 +44,22 @@ def check_output(output: Path) -> None:
         raise UsageError(f"{output} is a folder; name the file to write, for example {output / 'model.gguf'}")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"the folder {output.absolute().parent} does not exist; create it, or write elsewhere")
+    if output.exists() and not is_gguf(output):
+        raise UsageError(f"{output} exists and is no GGUF; name another file")
+
+
+def is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == MAGIC
 
 
 def convert(folder: Path, output: Path, outtype: str, name: str) -> int:
     """Writes output, or leaves no trace and raises MonarchError; returns its size in bytes."""
     hparams = read_hparams(folder)
+    plan = plan_tensors(Checkpoint(folder), hparams, outtype)  # first: it proves the sizes that config.json claims
     vocab = read_vocab(folder, hparams)
-    plan = plan_tensors(Checkpoint(folder), hparams, outtype)
     with replaced(output) as part:
         write_gguf(part, hparams, vocab, plan, outtype, name)
     return output.stat().st_size
@@ -58,19 +70,20 @@ def replaced(output: Path) -> Iterator[Path]:
     """A temporary name beside output that becomes output when all is written and synchronised."""
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
+        open(part, "xb").close()  # never through a link that waits there
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(output)
+    except OSError as error:
+        cause = error.strerror or "not all of it could be written, the disk may be full"  # numpy does not tell
+        raise MonarchError(f"{error.filename or output}: {cause}; no output was left") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_gguf(path: Path, hparams: Hparams, vocab, plan: list[Plan], outtype: str, name: str) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(path, hparams.arch)
-    try:
+def write_gguf(path: Path, hparams: Hparams, vocab: Vocab, plan: list[Plan], outtype: str, name: str) -> None:
+    with contextlib.closing(gguf.GGUFWriter(path, hparams.arch)) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
         writer.add_file_type(OUTTYPES[outtype].file_type)
@@ -79,10 +92,6 @@ def write_gguf(path: Path, hparams: Hparams, vocab, plan: list[Plan], outtype: s
         add_vocab(writer, vocab)
         with make_progress() as progress:
             write_tensors(writer, plan, progress)
-    except OSError as error:
-        raise MonarchError(f"{path.parent}: {error.strerror}; nothing was written") from error
-    finally:
-        writer.close()
 
 
 def make_progress() -> Progress:

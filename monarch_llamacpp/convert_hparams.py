@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from .convert_source import read_json
 from .errors import MonarchError
 
 # by the name in config.json: GGUF architecture
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "LLaMAForCausalLM": "llama",  # its name at first
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+}
 
 MAX_SIZE = 2**24
+MAX_NUMBER = 1e30  # fits f32
+MAX_LAYERS = 512  # llama.cpp's own limit
 ACTIVATION = "silu"
+CONFIG = Path("config.json")
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Hparams:
 
 
 def read_hparams(folder: Path) -> Hparams:
-    path = folder / "config.json"
+    path = folder / CONFIG
     config = read_json(path)
     if not config:
         raise MonarchError(f"{path} is missing; is {folder} a Hugging Face checkpoint?")
@@ -63,7 +73,7 @@ def read_hparams(folder: Path) -> Hparams:
         n_ctx=size(path, config, "max_position_embeddings"),
         n_embd=n_embd,
         n_ff=size(path, config, "intermediate_size"),
-        n_layer=size(path, config, "num_hidden_layers"),
+        n_layer=size(path, config, "num_hidden_layers", most=MAX_LAYERS),
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
@@ -78,7 +88,7 @@ def read_hparams(folder: Path) -> Hparams:
 def find_arch(path: Path, config: dict) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise MonarchError(f"{path}: the architecture {name} is not supported; convert knows {known}")
     if config.get("hidden_act", ACTIVATION) != ACTIVATION:
@@ -91,19 +101,19 @@ def refuse_quantized(path: Path, config: dict) -> None:
         raise MonarchError(f"{path}: the checkpoint is quantised; convert needs bf16, f16 or f32 weights")
 
 
-def size(path: Path, config: dict, key: str, default: int | None = None) -> int:
+def size(path: Path, config: dict, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_SIZE:
-        raise MonarchError(f"{path}: {key} is {value!r}; expected 1 to {MAX_SIZE}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise MonarchError(f"{path}: {key} is {value!r:.40}; expected 1 to {most}")
     return value
 
 
 def number(path: Path, config: dict, key: str, default: float | None = None) -> float:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise MonarchError(f"{path}: {key} is {value!r}; expected a positive number")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
+        raise MonarchError(f"{path}: {key} is {value!r:.40}; expected a positive number")
     return float(value)
 
 
@@ -118,9 +128,7 @@ def find_rope(path: Path, config: dict) -> tuple[str, dict]:
     return kind, rope
 
 
-def add_hparams(writer, hparams: Hparams) -> None:
-    import gguf
-
+def add_hparams(writer: gguf.GGUFWriter, hparams: Hparams) -> None:
     writer.add_block_count(hparams.n_layer)
     writer.add_context_length(hparams.n_ctx)
     writer.add_embedding_length(hparams.n_embd)
@@ -134,16 +142,33 @@ def add_hparams(writer, hparams: Hparams) -> None:
         writer.add_value_length(hparams.head_dim)
         writer.add_vocab_size(hparams.n_vocab)
         writer.add_rope_dimension_count(hparams.head_dim)
-    if hparams.rope_type in ("linear", "yarn"):
-        linear = hparams.rope_type == "linear"
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if linear else gguf.RopeScalingType.YARN)
+    add_rope_scaling(writer, hparams)
+
+
+def add_rope_scaling(writer: gguf.GGUFWriter, hparams: Hparams) -> None:
+    if hparams.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope_number(hparams, "factor"))
     if hparams.rope_type == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(int(rope_number(hparams, "original_max_position_embeddings")))
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope_number(hparams, "factor"))
+        writer.add_rope_scaling_orig_ctx_len(size(CONFIG, hparams.rope, "original_max_position_embeddings"))
+        for key, add in yarn_options(writer).items():
+            if hparams.rope.get(key) is not None:
+                add(rope_number(hparams, key))
+
+
+def yarn_options(writer: gguf.GGUFWriter) -> dict[str, Callable[[float], None]]:
+    return {
+        "extrapolation_factor": writer.add_rope_scaling_yarn_ext_factor,
+        "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
+        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }
 
 
 def rope_number(hparams: Hparams, key: str, default: float | None = None) -> float:
-    return number(Path("config.json"), hparams.rope, key, default)
+    return number(CONFIG, hparams.rope, key, default)
 
 
 def rope_factors(hparams: Hparams) -> np.ndarray:

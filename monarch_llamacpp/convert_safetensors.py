@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .convert_source import first_line, read_json
+from .convert_source import check_is_file, first_line, read_json
 from .errors import MonarchError
 
 INDEX = "model.safetensors.index.json"
@@ -32,6 +32,10 @@ class Tensor:
     path: Path
     offset: int
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
     def open(self) -> np.ndarray:
         """The values as they are stored; mapped until the array goes, so that only one tensor is in memory."""
         return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
@@ -48,9 +52,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, Tensor] = {}
-        index = read_json(folder / INDEX)
-        wanted = check_index(folder / INDEX, index) if index else {}
-        shards = sorted(set(wanted.values())) if index else [SINGLE]
+        wanted = read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+        shards = sorted(set(wanted.values())) or [SINGLE]
         for shard in shards:
             self._add_shard(folder / shard)
         for name, shard in wanted.items():
@@ -64,9 +67,9 @@ class Checkpoint:
             self.tensors[tensor.name] = tensor
 
 
-def check_index(path: Path, index: dict) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """The shard of each tensor; shards are plain names in the same folder."""
-    weight_map = index.get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MonarchError(f"{path} has no weight_map; fetch it again")
     for shard in weight_map.values():
@@ -76,6 +79,7 @@ def check_index(path: Path, index: dict) -> dict[str, str]:
 
 
 def read_shard(path: Path) -> list[Tensor]:
+    check_is_file(path)
     try:
         with open(path, "rb") as file:
             n_bytes = os.fstat(file.fileno()).st_size
@@ -89,7 +93,16 @@ def read_shard(path: Path) -> list[Tensor]:
         raise MonarchError(f"{path} is missing: convert needs safetensors; fetch the whole checkpoint") from error
     start = 8 + header_size
     entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
-    return [read_tensor(path, name, entry, start, n_bytes - start) for name, entry in entries]
+    tensors = [read_tensor(path, name, entry, start, n_bytes - start) for name, entry in entries]
+    refuse_overlaps(tensors)
+    return tensors
+
+
+def refuse_overlaps(tensors: list[Tensor]) -> None:
+    tensors = sorted(tensors, key=lambda tensor: tensor.offset)
+    for before, after in zip(tensors, tensors[1:], strict=False):
+        if before.offset + before.n_bytes > after.offset:
+            raise MonarchError(f"{after.path}: {before.name} and {after.name} overlap; fetch it again")
 
 
 def parse_header(path: Path, data: bytes) -> dict:
@@ -116,7 +129,7 @@ def is_size(value: object) -> bool:
 def read_tensor(path: Path, name: str, entry: object, body_start: int, body_size: int) -> Tensor:
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise MonarchError(f"{path}: {name} has the type {dtype!r}; convert reads {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not 1 <= len(shape) <= 2 or not all(is_size(n) and n > 0 for n in shape):
         raise MonarchError(f"{path}: {name} has the shape {shape!r}; expected one or two sizes")
@@ -125,6 +138,7 @@ def read_tensor(path: Path, name: str, entry: object, body_start: int, body_size
     start, end = offsets
     if not start <= end <= body_size:
         raise MonarchError(f"{path}: {name} lies at {start} to {end}, beyond the file's end; fetch it again")
-    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    res = Tensor(name, dtype, tuple(shape), path, body_start + start)
+    if end - start != res.n_bytes:
         raise MonarchError(f"{path}: {name} has {end - start} bytes, not what {dtype} {shape} takes; fetch it again")
-    return Tensor(name, dtype, tuple(shape), path, body_start + start)
+    return res

@@ -11,8 +11,10 @@ from .errors import MonarchError, UsageError
 DEFAULT_REPO = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 WANTED = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+# other forms of the same weights; Mistral's repositories hold all of them twice
+UNWANTED = ["*/*", "consolidated*"]
 
-MAX_JSON_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 256 * 2**20  # but for weights
 
 
 def find_source(source: str) -> tuple[Path, str]:
@@ -37,7 +39,7 @@ def download(repo: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=WANTED))
+        return Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except HFValidationError as error:
         raise UsageError(f"{repo} is not a valid repo id: {first_line(error)}") from error
     except RepositoryNotFoundError as error:
@@ -54,14 +56,36 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def read_bytes(path: Path) -> bytes:
+    """A whole small file; an ordinary one, since a pipe or a device may never end."""
+    check_is_file(path)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise MonarchError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB; it is damaged")
+    return path.read_bytes()
+
+
+def check_is_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise MonarchError(f"{path} is not an ordinary file; fetch it again")
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a small file; None where there is none."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise MonarchError(f"{path} is not UTF-8; fetch it again") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise MonarchError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it is damaged")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    text = read_text(path)
+    if text is None:
         return {}
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise MonarchError(f"{path} is not valid JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(value, dict):

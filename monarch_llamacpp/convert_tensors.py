@@ -15,7 +15,8 @@ from .errors import MonarchError
 
 SLICE_VALUES = 2**22  # as f32: 16 MiB
 
-IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+QWEN2_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+IGNORED = ".rotary_emb.inv_freq"  # old checkpoints store what rope_theta says
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,14 @@ class Plan:
         step = max(1, SLICE_VALUES // values[0].size)
         for start in range(0, len(values), step):
             part = slice(start, start + step)
-            yield gguf.quants.quantize(to_f32(values[part if self.rows is None else self.rows[part]]), self.type)
+            yield self._encode(to_f32(values[part if self.rows is None else self.rows[part]]))
+
+    def _encode(self, values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            res = gguf.quants.quantize(values, self.type)
+        if res.dtype == np.float16 and not np.isfinite(res).all():
+            raise MonarchError(f"{self.source.name} holds values that f16 cannot; convert with --outtype bf16")
+        return res
 
 
 def plan_tensors(checkpoint: Checkpoint, hparams: Hparams, outtype: str) -> list[Plan]:
@@ -68,10 +76,10 @@ def plan_tensors(checkpoint: Checkpoint, hparams: Hparams, outtype: str) -> list
         if name in plans:
             raise MonarchError(f"{tensor.name} and {plans[name].source.name} are the same tensor; which one is meant?")
         plans[name] = plan_tensor(name, tensor, shapes[name], hparams, outtype)
-    missing = [name for name in shapes if name not in plans and name not in optional(hparams)]
+    missing = [name for name in shapes if name not in plans and not is_optional(name, hparams)]
     if missing:
-        raise MonarchError(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} other tensors; fetch it again"
-                           if len(missing) > 1 else f"the checkpoint lacks {missing[0]}; fetch it again")  # fmt: skip
+        more = f" and {len(missing) - 1} other tensors" if len(missing) > 1 else ""
+        raise MonarchError(f"the checkpoint lacks {missing[0]}{more}; fetch it again")
     return rope_plan(hparams) + list(plans.values())
 
 
@@ -111,19 +119,18 @@ def expected_shapes(hparams: Hparams) -> dict[str, tuple[int, ...]]:
         "attn_q.bias": (n_q,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,),
         "attn_output.weight": (n_embd, n_q), "attn_output.bias": (n_embd,),
         "ffn_gate.weight": (n_ff, n_embd), "ffn_up.weight": (n_ff, n_embd), "ffn_down.weight": (n_embd, n_ff),
+        "ffn_gate.bias": (n_ff,), "ffn_up.bias": (n_ff,), "ffn_down.bias": (n_embd,),
     }  # fmt: skip
+    if hparams.arch == "qwen2":
+        block = {name: shape for name, shape in block.items() if name.endswith(".weight") or name in QWEN2_BIASES}
     for layer in range(hparams.n_layer):
         res |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     return res
 
 
-def optional(hparams: Hparams) -> set[str]:
+def is_optional(name: str, hparams: Hparams) -> bool:
     """Biases, but for qwen2's; the output, where it shares the embedding's weights."""
-    kinds = ["attn_output.bias"]
-    if hparams.arch != "qwen2":
-        kinds += ["attn_q.bias", "attn_k.bias", "attn_v.bias"]
-    res = {f"blk.{layer}.{kind}" for layer in range(hparams.n_layer) for kind in kinds}
-    return res | {"output.weight"} if hparams.tied else res
+    return hparams.tied if name == "output.weight" else name.endswith(".bias") and hparams.arch != "qwen2"
 
 
 def rope_plan(hparams: Hparams) -> list[Plan]:

@@ -1,81 +1,74 @@
-"""SentencePiece and tokenizer.json vocabularies as GGUF wants them: texts, scores, types, special tokens, template."""
+"""SentencePiece and tokenizer.json vocabularies as GGUF wants them: texts, scores, types, merges, padding."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 
 from .convert_hparams import Hparams
-from .convert_source import first_line, read_json
+from .convert_sentencepiece import read_pieces
+from .convert_source import first_line, read_json, read_text
+from .convert_special import Special, add_special, read_special, steps_of
 from .errors import MonarchError
 
-# by the regular expression that cuts text into words: llama.cpp's name of the same cut
+LLAMA3_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+QWEN2_CUT = LLAMA3_CUT.replace("{1,3}", "")
+TEKKEN_CUT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# by the expression that cuts text into words, and whether a word that is a token is taken as it is: llama.cpp's name
 PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    + digits
-    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": name
-    for digits, name in (("{1,3}", "llama-bpe"), ("", "qwen2"))
+    (LLAMA3_CUT, True): "llama-bpe",
+    (LLAMA3_CUT, False): "smaug-bpe",
+    (QWEN2_CUT, False): "qwen2",
+    (TEKKEN_CUT, True): "tekken",
 }
 
 ADDED_SCORE = -1000.0
 PAD_SCORE = -10000.0
 
 # added tokens that are control tokens although their files do not say so
-CONTROL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-CONTROL_AFFIXES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+CONTROL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass
 class Vocab:
     model: str  # llama or gpt2
     pre: str
-    tokens: list[bytes]
-    scores: list[float] | None
-    types: list[int]
-    special: gguf.SpecialVocab
+    special: Special
     add_space_prefix: bool | None
+    tokens: list[bytes]
+    types: list[int]
+    scores: list[float]
+    merges: list[str]
 
 
 def read_vocab(folder: Path, hparams: Hparams) -> Vocab:
+    path = folder / "tokenizer.json"
     try:
-        if (folder / "tokenizer.model").is_file():
+        if (folder / "tokenizer.model").exists():
             return read_sentencepiece(folder, hparams)
-        if (folder / "tokenizer.json").is_file():
-            return read_tokenizer_json(folder, hparams)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        tokenizer = read_json(path)
+        if not tokenizer:
+            raise MonarchError(f"{folder} has neither tokenizer.model nor tokenizer.json; fetch the whole checkpoint")
+        if tokenizer["model"].get("type", "BPE") != "BPE":
+            raise MonarchError(f"{path}: a {tokenizer['model']['type']} tokenizer is not supported, only BPE")
+        if tokenizer["model"].get("byte_fallback"):
+            return read_byte_fallback(folder, tokenizer, hparams)
+        return read_bpe(folder, tokenizer, hparams)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise MonarchError(f"{folder}: the tokenizer is not as expected ({first_line(error)})") from error
-    raise MonarchError(f"{folder} has neither tokenizer.model nor tokenizer.json; fetch the whole checkpoint")
-
-
-def read_sentencepiece(folder: Path, hparams: Hparams) -> Vocab:
-    import sentencepiece
-
-    path = folder / "tokenizer.model"
-    pieces = sentencepiece.SentencePieceProcessor()
-    try:
-        pieces.LoadFromFile(str(path))
-    except (RuntimeError, OSError) as error:
-        raise MonarchError(f"{path} is not a SentencePiece model; fetch it again") from error
-    vocab = empty_vocab(folder, hparams, "llama", "default")
-    for i in range(min(pieces.vocab_size(), hparams.n_vocab)):
-        vocab.tokens[i] = pieces.id_to_piece(i).encode()
-        vocab.scores[i] = pieces.get_score(i)
-        vocab.types[i] = piece_type(pieces, i)
-    add_added_tokens(folder, vocab)
-    return vocab
-
-
-def piece_type(pieces, i: int) -> int:
-    if pieces.is_unknown(i):
-        return gguf.TokenType.UNKNOWN
-    if pieces.is_control(i):
-        return gguf.TokenType.CONTROL
-    if pieces.is_unused(i):
-        return gguf.TokenType.UNUSED
-    return gguf.TokenType.BYTE if pieces.is_byte(i) else gguf.TokenType.NORMAL
 
 
 def empty_vocab(folder: Path, hparams: Hparams, model: str, pre: str) -> Vocab:
@@ -85,93 +78,122 @@ def empty_vocab(folder: Path, hparams: Hparams, model: str, pre: str) -> Vocab:
     return Vocab(
         model=model,
         pre=pre,
-        tokens=[f"[PAD{i}]".encode() for i in range(n_vocab)],
-        scores=[PAD_SCORE] * n_vocab if model == "llama" else None,
-        types=[gguf.TokenType.UNUSED] * n_vocab,
-        special=read_special(folder, n_vocab, load_merges=model == "gpt2"),
+        special=read_special(folder, n_vocab),
         add_space_prefix=prefix if hparams.arch == "llama" and isinstance(prefix, bool) else None,
+        tokens=[f"[PAD{i}]".encode() for i in range(n_vocab)],
+        types=[gguf.TokenType.UNUSED] * n_vocab,
+        scores=[PAD_SCORE] * n_vocab,
+        merges=[],
     )
 
 
-def read_special(folder: Path, n_vocab: int, load_merges: bool) -> gguf.SpecialVocab:
-    return gguf.SpecialVocab(folder, load_merges=load_merges, n_vocab=n_vocab)
-
-
-def add_added_tokens(folder: Path, vocab: Vocab) -> None:
-    added = read_json(folder / "added_tokens.json")
-    for text, i in added.items():
-        set_added(vocab, i, text, gguf.TokenType.USER_DEFINED)
-    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    for i, entry in decoder.items():
-        set_added(vocab, int(i), entry["content"], added_type(entry))
-
-
-def added_type(entry: dict) -> int:
-    text = entry["content"]
-    looks_special = text in CONTROL_TEXTS or any(text.startswith(a) and text.endswith(b) for a, b in CONTROL_AFFIXES)
-    return gguf.TokenType.CONTROL if entry.get("special") or looks_special else gguf.TokenType.USER_DEFINED
-
-
-def set_added(vocab: Vocab, i: int, text: str, kind: int) -> None:
-    if not isinstance(i, int) or i < 0:
-        raise ValueError(f"the added token {text!r} has the id {i!r}")
-    if i >= len(vocab.tokens):
-        return  # the embedding has no row for it
-    if kind == gguf.TokenType.USER_DEFINED:
-        text = text.replace("\u2581", " ")
+def set_token(vocab: Vocab, i: int, text: str, kind: int, score: float = 0.0) -> None:
+    if not isinstance(i, int) or not 0 <= i < len(vocab.tokens):
+        raise ValueError(f"the token {text!r} has the id {i!r}, and the embedding {len(vocab.tokens)} rows")
     vocab.tokens[i] = text.encode()
     vocab.types[i] = kind
-    if vocab.scores is not None:
-        vocab.scores[i] = ADDED_SCORE
+    vocab.scores[i] = score
 
 
-def read_tokenizer_json(folder: Path, hparams: Hparams) -> Vocab:
-    path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
-    model = tokenizer["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise MonarchError(f"{path}: a {model['type']} tokenizer is not supported, only BPE")
-    by_bytes = bool(model.get("byte_fallback"))
-    vocab = empty_vocab(folder, hparams, *(("llama", "default") if by_bytes else ("gpt2", find_pre(path, tokenizer))))
-    for text, i in model["vocab"].items():
-        if not isinstance(i, int) or not 0 <= i < hparams.n_vocab:
-            raise MonarchError(f"{path}: the token {text!r} has the id {i!r}; the embedding has {hparams.n_vocab} rows")
-        vocab.tokens[i] = text.encode()
-        vocab.types[i] = gguf.TokenType.BYTE if by_bytes and is_byte(text) else gguf.TokenType.NORMAL
-        if vocab.scores is not None:
-            vocab.scores[i] = -float(i)  # a SentencePiece BPE numbers its pieces by rank
-    for entry in tokenizer.get("added_tokens") or []:
-        kind = gguf.TokenType.UNKNOWN if entry["content"] == model.get("unk_token") else added_type(entry)
-        set_added(vocab, entry["id"], entry["content"], kind)
+def set_added(vocab: Vocab, i: int, entry: dict) -> None:
+    """An added token; llama.cpp wants its text as it stands in texts."""
+    text = entry["content"]
+    if entry.get("special") or CONTROL.fullmatch(text):
+        set_token(vocab, i, text, gguf.TokenType.CONTROL, ADDED_SCORE)
+    else:
+        set_token(vocab, i, text.replace("\u2581", " "), gguf.TokenType.USER_DEFINED, ADDED_SCORE)
+
+
+def read_sentencepiece(folder: Path, hparams: Hparams) -> Vocab:
+    """Pieces and added tokens beyond the embedding are dropped: nothing can produce them."""
+    vocab = empty_vocab(folder, hparams, "llama", "default")
+    for i, piece in enumerate(read_pieces(folder / "tokenizer.model")[: hparams.n_vocab]):
+        vocab.tokens[i], vocab.types[i], vocab.scores[i] = piece.text, piece.type, piece.score
+    for text, i in read_json(folder / "added_tokens.json").items():
+        if i < hparams.n_vocab:
+            set_token(vocab, i, text, gguf.TokenType.USER_DEFINED, ADDED_SCORE)
+    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for i, entry in decoder.items():
+        if int(i) < hparams.n_vocab:
+            set_added(vocab, int(i), entry)
     return vocab
 
 
-def is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+def read_byte_fallback(folder: Path, tokenizer: dict, hparams: Hparams) -> Vocab:
+    """A SentencePiece BPE without its model. Its scores are the order of its merges, which upstream does not tell."""
+    vocab = empty_vocab(folder, hparams, "llama", "default")
+    merges = read_merges(folder, tokenizer)
+    ranks = {merge.replace(" ", ""): i for i, merge in reversed(list(enumerate(merges)))}
+    for text, i in tokenizer["model"]["vocab"].items():
+        kind = gguf.TokenType.BYTE if BYTE.fullmatch(text) else gguf.TokenType.NORMAL
+        set_token(vocab, i, text, kind, -float(ranks.get(text, len(merges))))
+    for entry in tokenizer.get("added_tokens") or []:
+        set_added(vocab, entry["id"], entry)
+    return vocab
+
+
+def read_bpe(folder: Path, tokenizer: dict, hparams: Hparams) -> Vocab:
+    vocab = empty_vocab(folder, hparams, "gpt2", find_pre(folder / "tokenizer.json", tokenizer))
+    for text, i in tokenizer["model"]["vocab"].items():
+        set_token(vocab, i, text, gguf.TokenType.NORMAL)
+    for entry in tokenizer.get("added_tokens") or []:
+        set_added(vocab, entry["id"], entry)
+    vocab.merges = read_merges(folder, tokenizer)
+    return vocab
+
+
+def read_merges(folder: Path, tokenizer: dict) -> list[str]:
+    """As "left right"; newer files hold pairs, whose parts may contain a space."""
+    merges = tokenizer["model"].get("merges") or read_merges_txt(folder)
+    res = [m if isinstance(m, str) else " ".join(part.replace(" ", "\u0120") for part in m) for m in merges]
+    for merge in res:
+        if len(merge.encode().split(b" ")) != 2:
+            raise ValueError(f"the merge {merge!r} is not of two parts")
+    return res
+
+
+def read_merges_txt(folder: Path) -> list[str]:
+    lines = (read_text(folder / "merges.txt") or "").split("\n")
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#version")]
 
 
 def find_pre(path: Path, tokenizer: dict) -> str:
-    steps = tokenizer.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    pre = PRE_TOKENIZERS.get(patterns[0]) if len(patterns) == 1 else None
+    """llama.cpp's name for the way of cutting words; upstream knows it by a hash of one text's tokens."""
+    normalizer = tokenizer.get("normalizer") or {}
+    if normalizer and normalizer.get("type") != "NFC":
+        raise MonarchError(f"{path}: the normalizer {normalizer.get('type')} is not supported")
+    steps = steps_of(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    *cuts, level = steps or [{}]
+    by_level = level.get("use_regex", True)
+    pre = None
+    if level.get("type") == "ByteLevel" and not level.get("add_prefix_space", True):
+        pre = name_cut(cuts, by_level, bool(tokenizer["model"].get("ignore_merges")))
     if pre is None:
-        raise MonarchError(f"{path}: this way of cutting words is unknown: {json.dumps(patterns or kinds)[:200]}")
+        raise MonarchError(f"{path}: this pre-tokenizer is not supported: {json.dumps(steps)[:300]}")
     return pre
+
+
+def name_cut(cuts: list[dict], by_level: bool, ignore_merges: bool) -> str | None:
+    if not cuts:
+        return "gpt-2" if by_level else None
+    cut = cuts[0]
+    if len(cuts) > 1:
+        return None
+    if cut.get("type") == "Digits":
+        return "smollm" if cut.get("individual_digits") and by_level else None
+    isolates = cut.get("type") == "Split" and cut.get("behavior") == "Isolated" and not cut.get("invert")
+    return PRE_TOKENIZERS.get((cut["pattern"].get("Regex"), ignore_merges)) if isolates and not by_level else None
 
 
 def add_vocab(writer: gguf.GGUFWriter, vocab: Vocab) -> None:
     writer.add_tokenizer_model(vocab.model)
     writer.add_tokenizer_pre(vocab.pre)
     writer.add_token_list(vocab.tokens)
-    if vocab.scores is not None:
-        writer.add_token_scores(vocab.scores)
     writer.add_token_types(vocab.types)
+    if vocab.model == "llama":
+        writer.add_token_scores(vocab.scores)
+    if vocab.merges:
+        writer.add_token_merges(vocab.merges)
     if vocab.add_space_prefix is not None:
         writer.add_add_space_prefix(vocab.add_space_prefix)
-    vocab.special.add_to_gguf(writer, quiet=True)
+    add_special(writer, vocab.special)
