@@ -18,7 +18,7 @@
 #define MONARCH_LANES 16
 
 // cold tokens that share one rounding of their weights, in groups of MONARCH_LANES
-#define MONARCH_GROUPS 2
+#define MONARCH_GROUPS MONARCH_COLD_STEP
 #define MONARCH_TILE   (MONARCH_GROUPS*MONARCH_LANES)
 
 #define MONARCH_SCORE_ROWS 8
@@ -42,6 +42,7 @@ struct monarch_avx512_work {
     float   * scores;  // [MONARCH_SCORE_ROWS][n_pages_max] by physical page
     float   * log_n;   // [n_pages_max] logarithm of a page's tokens
     int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones, else -1
+    uint8_t * used;    // [n_pages_max/16] groups of summaries to be scored
 };
 
 static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
@@ -60,6 +61,7 @@ static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char *
     work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*n_pages_max*sizeof(float);
     work->log_n   = (float   *) ptr; ptr += n_pages_max*sizeof(float);
     work->runs    = (int32_t *) ptr; ptr += n_pages_max/MONARCH_LANES*sizeof(int32_t);
+    work->used    = (uint8_t *) ptr; ptr += n_pages_max/MONARCH_LANES;
 
     return ptr - base;
 }
@@ -272,15 +274,13 @@ static bool monarch_hot_is_visible(const struct monarch_attend * attend, const s
     return false;
 }
 
-static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
+static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t slot0, int64_t slot1) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
     monarch_sums_clear(work, &avx512);
 
-    const int64_t n_kv = attend->k->ne[2];
-
-    for (int64_t i0 = 0; i0 < n_kv; i0 += MONARCH_LANES) {
-        const int64_t   n     = MONARCH_MIN(MONARCH_LANES, n_kv - i0);
+    for (int64_t i0 = slot0; i0 < slot1; i0 += MONARCH_LANES) {
+        const int64_t   n     = MONARCH_MIN(MONARCH_LANES, slot1 - i0);
         const __mmask16 valid = (__mmask16) ((1u << n) - 1);
 
         if (!monarch_hot_is_visible(attend, work, i0, valid)) {
@@ -769,9 +769,9 @@ static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, 
 }
 
 // where 16 table entries name consecutive physical pages, as they do until pages are recycled, no gather is needed
-static void monarch_score_find_runs(const struct monarch_attend * attend, int32_t * runs) {
-    for (int32_t i = 0; i < attend->n_pages; i += MONARCH_LANES) {
-        const int32_t n    = MONARCH_MIN(MONARCH_LANES, attend->n_pages - i);
+static void monarch_score_find_runs(const struct monarch_attend * attend, int32_t i0, int32_t i1, int32_t * runs) {
+    for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
+        const int32_t n    = MONARCH_MIN(MONARCH_LANES, i1 - i);
         const int32_t page = attend->table[i].page;
 
         bool is_run = n == MONARCH_LANES;
@@ -783,21 +783,21 @@ static void monarch_score_find_runs(const struct monarch_attend * attend, int32_
 }
 
 // from physical to table order, and the pages' token counts
-static void monarch_score_gather(const struct monarch_attend * attend, const struct monarch_avx512_work * avx512, const float * scores, float * dst) {
-    for (int32_t i = 0; i < attend->n_pages; i += MONARCH_LANES) {
+static void monarch_score_gather(const struct monarch_attend * attend, const struct monarch_avx512_work * avx512, int32_t i0, int32_t i1, const float * scores, float * dst) {
+    for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
         const int32_t run = avx512->runs[i/MONARCH_LANES];
 
         if (run >= 0) {
             _mm512_storeu_ps(dst + i, _mm512_add_ps(_mm512_loadu_ps(scores + run), _mm512_loadu_ps(avx512->log_n + i)));
             continue;
         }
-        for (int32_t j = i; j < MONARCH_MIN(i + MONARCH_LANES, attend->n_pages); ++j) {
+        for (int32_t j = i; j < MONARCH_MIN(i + MONARCH_LANES, i1); ++j) {
             dst[j] = scores[attend->table[j].page] + avx512->log_n[j];
         }
     }
 }
 
-static void monarch_avx512_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
+static void monarch_avx512_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
     const int32_t head_dim = attend->op.codec.head_dim;
@@ -808,16 +808,15 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
         log_table[i] = logf((float) i);
     }
 
-    // groups that hold none of the sequence's pages are skipped; rank serves as marks
-    uint8_t * used = (uint8_t *) work->rank;
-    memset(used, 0, n_groups);
+    // groups that hold none of these pages are skipped
+    memset(avx512.used, 0, n_groups);
 
-    for (int32_t i = 0; i < attend->n_pages; ++i) {
-        used[attend->table[i].page/MONARCH_SUMMARY_GROUP] = 1;
+    for (int32_t i = i0; i < i1; ++i) {
+        avx512.used[attend->table[i].page/MONARCH_SUMMARY_GROUP] = 1;
         avx512.log_n[i] = log_table[monarch_mask_count(attend->table[i].mask)];
     }
 
-    monarch_score_find_runs(attend, avx512.runs);
+    monarch_score_find_runs(attend, i0, i1, avx512.runs);
 
     for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_SCORE_ROWS) {
         const int64_t n = MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir);
@@ -831,14 +830,14 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
         }
 
         for (int64_t g = 0; g < n_groups; ++g) {
-            if (used[g]) {
+            if (avx512.used[g]) {
                 monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
                         avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }
 
         for (int64_t r = 0; r < n; ++r) {
-            monarch_score_gather(attend, &avx512, avx512.scores + r*attend->n_pages_max, work->rows[ir + r].mass);
+            monarch_score_gather(attend, &avx512, i0, i1, avx512.scores + r*attend->n_pages_max, work->rows[ir + r].mass);
         }
     }
 }

@@ -85,14 +85,13 @@ static void monarch_ring_read(const ggml_tensor * t, int64_t head_kv, int64_t i0
     }
 }
 
-static void monarch_plain_hot(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
+static void monarch_plain_hot(const monarch_attend * attend, int64_t head_kv, monarch_work * work, int64_t slot0, int64_t slot1) {
     const int64_t head_dim = attend->op.codec.head_dim;
-    const int64_t n_kv     = attend->k->ne[2];
 
     const monarch_plain_work plain = monarch_plain_work_get((float *) work->kernel, head_dim);
 
-    for (int64_t i0 = 0; i0 < n_kv; i0 += MONARCH_TILE) {
-        const int64_t n = std::min(MONARCH_TILE, n_kv - i0);
+    for (int64_t i0 = slot0; i0 < slot1; i0 += MONARCH_TILE) {
+        const int64_t n = std::min(MONARCH_TILE, slot1 - i0);
 
         monarch_ring_read(attend->k, head_kv, i0, n, plain.k);
         monarch_ring_read(attend->v, head_kv, i0, n, plain.v);
@@ -147,7 +146,7 @@ static void monarch_plain_cold(const monarch_attend * attend, int64_t head_kv, m
     }
 }
 
-static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
+static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, monarch_work * work, int32_t i0, int32_t i1) {
     const int32_t head_dim = attend->op.codec.head_dim;
 
     const monarch_plain_work plain = monarch_plain_work_get((float *) work->kernel, head_dim);
@@ -157,7 +156,7 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
 
         monarch_summary_query(attend->op.scorer, head_dim, row->q, plain.query);
 
-        for (int32_t i = 0; i < attend->n_pages; ++i) {
+        for (int32_t i = i0; i < i1; ++i) {
             const monarch_table_entry * entry = &attend->table[i];
 
             const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, entry->page);

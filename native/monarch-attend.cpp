@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 //
 // kernels
@@ -52,11 +53,13 @@ static char * monarch_work_take(char ** ptr, size_t size) {
 }
 
 // with base == nullptr only the size counts
-static size_t monarch_work_init(monarch_work * work, float ** vectors, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
+static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     char * ptr = base;
 
+    monarch_work_take(&ptr, sizeof(monarch_work)); // *work itself, if it stays
+
     work->rows        = (monarch_row *) monarch_work_take(&ptr, n_rows*sizeof(monarch_row));
-    *vectors          = (float *)       monarch_work_take(&ptr, 3*n_rows*head_dim*sizeof(float));
+    work->vectors     = (float *)       monarch_work_take(&ptr, 3*n_rows*head_dim*sizeof(float));
     work->mass        = (float *)       monarch_work_take(&ptr, n_rows*n_pages_max*sizeof(float));
     work->probability = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->rank        = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
@@ -72,8 +75,7 @@ int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens) {
 
 size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_tokens, int64_t n_pages_max) {
     monarch_work work;
-    float      * vectors;
-    return monarch_work_init(&work, &vectors, nullptr, head_dim, n_gqa*monarch_attend_block_size(n_gqa, n_tokens), n_pages_max);
+    return monarch_work_init(&work, nullptr, head_dim, n_gqa*monarch_attend_block_size(n_gqa, n_tokens), n_pages_max);
 }
 
 //
@@ -91,7 +93,7 @@ void monarch_row_set_max(monarch_row * row, int64_t head_dim, float max) {
     row->max  = max;
 }
 
-static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, int64_t i_token0, int64_t n_tokens, monarch_work * work, float * vectors) {
+static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, int64_t i_token0, int64_t n_tokens, monarch_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
     work->n_rows = n_tokens*attend->n_gqa;
@@ -103,9 +105,9 @@ static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, in
         monarch_row * row = &work->rows[ir];
 
         row->q       = (const float *) ((const char *) attend->q->data + i_head*attend->q->nb[1] + i_token*attend->q->nb[2]);
-        row->q_rot   = vectors + (3*ir + 0)*head_dim;
-        row->hot     = vectors + (3*ir + 1)*head_dim;
-        row->cold    = vectors + (3*ir + 2)*head_dim;
+        row->q_rot   = work->vectors + (3*ir + 0)*head_dim;
+        row->hot     = work->vectors + (3*ir + 1)*head_dim;
+        row->cold    = work->vectors + (3*ir + 2)*head_dim;
         row->mass    = work->mass + ir*attend->n_pages_max;
         row->n_mass  = 0;
         row->i_token = i_token;
@@ -167,27 +169,29 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
     }
 }
 
-static void monarch_attend_choose(const monarch_attend * attend, int64_t head_kv, monarch_work * work, const monarch_kernel * kernel) {
-    work->n_chosen = 0;
+static bool monarch_attend_is_selective(const monarch_attend * attend) {
+    return attend->n_pages > 0 && attend->mode == MONARCH_MODE_PAGED;
+}
 
-    if (attend->n_pages == 0 || attend->mode == MONARCH_MODE_WINDOW) {
-        return;
-    }
+static void monarch_attend_choose_all(const monarch_attend * attend, monarch_work * work) {
+    work->n_chosen = attend->mode == MONARCH_MODE_EXACT ? attend->n_pages : 0;
 
-    if (attend->mode == MONARCH_MODE_EXACT) {
-        for (int32_t i = 0; i < attend->n_pages; ++i) {
-            work->chosen[i] = i;
-        }
-        work->n_chosen = attend->n_pages;
-        return;
-    }
+    std::iota(work->chosen, work->chosen + work->n_chosen, 0);
+}
 
-    kernel->score(attend, head_kv, work);
-
+// from the scores of all pages
+static void monarch_attend_choose(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
     monarch_attend_estimate(attend, work);
 
     work->n_chosen = monarch_policy_select(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->n_pages_max,
             attend->n_pages, attend->table, work->probability, work->rank, work->chosen);
+}
+
+static void monarch_rows_clear_mass(monarch_work * work) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        work->rows[ir].n_mass = work->n_chosen;
+        std::fill(work->rows[ir].mass, work->rows[ir].mass + work->n_chosen, 0.0f);
+    }
 }
 
 // rank serves as scratch: the choice is made by now
@@ -226,22 +230,25 @@ void monarch_attend_block(
     const monarch_kernel * kernel = monarch_kernel_find(attend);
 
     monarch_work work;
-    float      * vectors;
-    monarch_work_init(&work, &vectors, (char *) work_data, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+    monarch_work_init(&work, (char *) work_data, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
 
-    monarch_rows_init(attend, head_kv, i_token0, n_tokens, &work, vectors);
+    monarch_rows_init(attend, head_kv, i_token0, n_tokens, &work);
 
-    kernel->hot(attend, head_kv, &work);
+    kernel->hot(attend, head_kv, &work, 0, attend->k->ne[2]);
 
     const int64_t t_start = ggml_time_us();
 
-    monarch_attend_choose(attend, head_kv, &work, kernel);
+    if (monarch_attend_is_selective(attend)) {
+        kernel->score(attend, head_kv, &work, 0, attend->n_pages);
+        monarch_attend_choose(attend, head_kv, &work);
+    } else {
+        monarch_attend_choose_all(attend, &work);
+    }
 
     *score_us += ggml_time_us() - t_start;
 
-    for (int64_t ir = 0; ir < work.n_rows && is_logged; ++ir) {
-        work.rows[ir].n_mass = work.n_chosen;
-        std::fill(work.rows[ir].mass, work.rows[ir].mass + work.n_chosen, 0.0f);
+    if (is_logged) {
+        monarch_rows_clear_mass(&work);
     }
 
     kernel->cold(attend, head_kv, &work);
@@ -255,4 +262,127 @@ void monarch_attend_block(
     }
 
     monarch_rows_write(attend, head_kv, &work);
+}
+
+//
+// one block by several threads
+//
+
+static monarch_work * monarch_part_get(const monarch_attend * attend, const monarch_part * part, int64_t i_part) {
+    return (monarch_work *) (part->works + i_part*monarch_attend_work_size(attend->op.codec.head_dim, attend->n_gqa, attend->q->ne[2], attend->n_pages_max));
+}
+
+// where part i of n items begins, in whole steps
+static int64_t monarch_part_bound(const monarch_part * part, int64_t n, int64_t step, int64_t i) {
+    return std::min(n, (n + step - 1)/step*i/part->n_parts*step);
+}
+
+void monarch_attend_part_begin(const monarch_attend * attend, const monarch_part * part) {
+    const monarch_kernel * kernel = monarch_kernel_find(attend);
+
+    monarch_work shared;
+    monarch_work_init(&shared, (char *) monarch_part_get(attend, part, 0), attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+
+    monarch_work * work = monarch_part_get(attend, part, part->i_part);
+    monarch_work_init(work, (char *) work, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+
+    // all parts of a head write to one array of masses
+    work->mass = shared.mass;
+
+    monarch_rows_init(attend, part->head_kv, 0, attend->q->ne[2], work);
+
+    const int64_t n_kv = attend->k->ne[2];
+
+    kernel->hot(attend, part->head_kv, work,
+            monarch_part_bound(part, n_kv, MONARCH_HOT_STEP, part->i_part), monarch_part_bound(part, n_kv, MONARCH_HOT_STEP, part->i_part + 1));
+
+    if (monarch_attend_is_selective(attend)) {
+        const int32_t n = attend->n_pages;
+
+        kernel->score(attend, part->head_kv, work,
+                monarch_part_bound(part, n, MONARCH_SUMMARY_GROUP, part->i_part), monarch_part_bound(part, n, MONARCH_SUMMARY_GROUP, part->i_part + 1));
+    }
+}
+
+// the rows of all parts as those of part 0, which nobody else works on now
+static void monarch_part_merge_rows(const monarch_attend * attend, const monarch_part * part) {
+    const int64_t head_dim = attend->op.codec.head_dim;
+
+    monarch_work * work = monarch_part_get(attend, part, 0);
+
+    for (int64_t i = 1; i < part->n_parts; ++i) {
+        const monarch_work * other = monarch_part_get(attend, part, i);
+
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+            monarch_row * dst = &work->rows[ir];
+            monarch_row * src = &other->rows[ir];
+
+            const float max = std::max(dst->max, src->max);
+            if (max > -INFINITY) {
+                monarch_row_set_max(dst, head_dim, max);
+                monarch_row_set_max(src, head_dim, max);
+            }
+
+            ggml_vec_add_f32((int) head_dim, dst->hot,  dst->hot,  src->hot);
+            ggml_vec_add_f32((int) head_dim, dst->cold, dst->cold, src->cold);
+            dst->sum    += src->sum;
+            dst->n_mass += src->n_mass;
+
+            // it has given all that it had
+            src->sum    = 0.0f;
+            src->max    = -INFINITY;
+            src->n_mass = 0;
+            std::fill(src->hot,  src->hot  + head_dim, 0.0f);
+            std::fill(src->cold, src->cold + head_dim, 0.0f);
+        }
+    }
+}
+
+void monarch_attend_part_choose(const monarch_attend * attend, const monarch_part * part) {
+    monarch_work * work = monarch_part_get(attend, part, 0);
+
+    if (monarch_attend_is_selective(attend)) {
+        monarch_part_merge_rows(attend, part);
+        monarch_attend_choose(attend, part->head_kv, work);
+    } else {
+        monarch_attend_choose_all(attend, work);
+    }
+}
+
+void monarch_attend_part_cold(const monarch_attend * attend, const monarch_part * part) {
+    const monarch_work * shared = monarch_part_get(attend, part, 0);
+
+    const int64_t i0 = monarch_part_bound(part, shared->n_chosen, MONARCH_COLD_STEP, part->i_part);
+    const int64_t i1 = monarch_part_bound(part, shared->n_chosen, MONARCH_COLD_STEP, part->i_part + 1);
+
+    // part 0's own number of pages stays the whole one
+    monarch_work work = *monarch_part_get(attend, part, part->i_part);
+
+    work.chosen   = shared->chosen + i0;
+    work.n_chosen = i1 - i0;
+
+    for (int64_t ir = 0; ir < work.n_rows; ++ir) {
+        work.rows[ir].mass = work.mass + ir*attend->n_pages_max + i0;
+    }
+    if (attend->mode == MONARCH_MODE_PAGED) {
+        monarch_rows_clear_mass(&work);
+    }
+
+    monarch_kernel_find(attend)->cold(attend, part->head_kv, &work);
+}
+
+void monarch_attend_part_end(const monarch_attend * attend, const monarch_part * part, monarch_attend_count * count) {
+    monarch_work * work = monarch_part_get(attend, part, 0);
+
+    monarch_part_merge_rows(attend, part);
+
+    count->n_promoted += work->n_chosen;
+
+    if (attend->mode == MONARCH_MODE_PAGED) {
+        count->n_scored += attend->n_pages;
+
+        monarch_attend_log(attend, part->head_kv, work);
+    }
+
+    monarch_rows_write(attend, part->head_kv, work);
 }

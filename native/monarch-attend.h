@@ -45,6 +45,7 @@ struct monarch_row {
 struct monarch_work {
     struct monarch_row * rows;        // [n_rows]
     int64_t              n_rows;
+    float              * vectors;     // [n_rows][3][head_dim]
     float              * mass;        // [n_rows][n_pages_max] estimated, then measured
     float              * probability; // [n_pages_max]
     float              * rank;        // [n_pages_max]
@@ -53,20 +54,24 @@ struct monarch_work {
     void               * kernel;      // what the kernel asked for
 };
 
+// slots and chosen pages that kernels take together: parts do not cut them apart
+#define MONARCH_HOT_STEP  16
+#define MONARCH_COLD_STEP 2
+
 struct monarch_kernel {
     const char * name;
 
     bool   (*supports) (const struct monarch_op_params * op, const struct ggml_tensor * k, const struct ggml_tensor * v);
     size_t (*work_size)(int32_t head_dim, int64_t n_rows, int64_t n_pages_max); // bytes
 
-    // the ring under the mask
-    void (*hot)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work);
+    // slots [i0, i1) of the ring under the mask; i0 is a multiple of MONARCH_HOT_STEP
+    void (*hot)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t i0, int64_t i1);
 
     // the chosen pages; fills the rows' masses if they ask for them
     void (*cold)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work);
 
-    // mass[row][page]: the logarithm of the page's estimated attention mass
-    void (*score)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work);
+    // mass[row][page]: the logarithm of the estimated attention mass of pages [i0, i1) of the table
+    void (*score)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1);
 };
 
 extern const struct monarch_kernel monarch_kernel_plain;
@@ -84,10 +89,11 @@ struct monarch_attend_count {
 // queries per block: about 64 rows
 int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens);
 
-// bytes of scratch that a thread needs
+// bytes of scratch for one block, or for one part of it
 size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_tokens, int64_t n_pages_max);
 
-// tokens [i_block*n_block, ...) of KV head head_kv; adds to score_us the time spent on choosing pages
+// One thread attends a block in one go: tokens [i_block*n_block, ...) of KV head head_kv. Adds to score_us the time spent
+// on choosing pages.
 void monarch_attend_block(
         const struct monarch_attend * attend,
         int64_t                       head_kv,
@@ -95,3 +101,17 @@ void monarch_attend_block(
         void                        * work_data,
         struct monarch_attend_count * count,
         uint64_t                    * score_us);
+
+// Several threads share the one block of a KV head, each with a part of the ring and of the pages. All parts finish a stage
+// before one begins the next; works: [n_parts] of monarch_attend_work_size().
+struct monarch_part {
+    int64_t head_kv;
+    int64_t i_part;
+    int64_t n_parts;
+    char  * works;
+};
+
+void monarch_attend_part_begin(const struct monarch_attend * attend, const struct monarch_part * part);  // hot, scores
+void monarch_attend_part_choose(const struct monarch_attend * attend, const struct monarch_part * part); // by part 0
+void monarch_attend_part_cold (const struct monarch_attend * attend, const struct monarch_part * part);
+void monarch_attend_part_end  (const struct monarch_attend * attend, const struct monarch_part * part, struct monarch_attend_count * count); // by part 0

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 static monarch_op_params monarch_op_get_params(const ggml_tensor * dst) {
     monarch_op_params res;
@@ -57,27 +58,105 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
     return res;
 }
 
-static size_t monarch_attend_thread_size(const ggml_tensor * dst) {
+// scratch of one block or of one part
+static size_t monarch_attend_scratch_size(const ggml_tensor * dst) {
     const int64_t n_gqa = dst->src[0]->ne[1]/dst->src[1]->ne[1];
 
     return monarch_attend_work_size(dst->src[0]->ne[0], n_gqa, dst->src[0]->ne[2], dst->src[4]->ne[1]);
+}
+
+static int64_t monarch_attend_n_blocks(const ggml_tensor * dst) {
+    const int64_t n_gqa   = dst->src[0]->ne[1]/dst->src[1]->ne[1];
+    const int64_t n_block = monarch_attend_block_size(n_gqa, dst->src[0]->ne[2]);
+
+    return (dst->src[0]->ne[2] + n_block - 1)/n_block;
+}
+
+// parts that a KV head's only block is cut into, so that every thread has as much to do
+static int64_t monarch_attend_n_parts(const ggml_tensor * dst, int64_t n_tasks) {
+    const int64_t n_head_kv = dst->src[1]->ne[1];
+
+    if (monarch_attend_n_blocks(dst) > 1 || n_head_kv % n_tasks == 0) {
+        return 1;
+    }
+    return std::min(n_tasks/std::gcd(n_tasks, n_head_kv), (2*n_tasks + n_head_kv - 1)/n_head_kv);
+}
+
+static size_t monarch_attend_counts_size(const ggml_tensor * dst, int64_t n_tasks) {
+    return GGML_PAD(n_tasks*dst->src[1]->ne[1]*sizeof(monarch_attend_count), 64);
+}
+
+// fewer threads may have come than the scratch was planned for
+static int64_t monarch_attend_fit_parts(const ggml_compute_params * params, const ggml_tensor * dst) {
+    const int64_t n_head_kv = dst->src[1]->ne[1];
+    const int64_t n_fit     = (params->wsize - monarch_attend_counts_size(dst, params->nth))/monarch_attend_scratch_size(dst)/n_head_kv;
+
+    return std::max<int64_t>(1, std::min(monarch_attend_n_parts(dst, params->nth), n_fit));
+}
+
+// one block after the other, each by one thread; returns the time spent on choosing pages
+static uint64_t monarch_attend_blocks(const ggml_compute_params * params, const monarch_attend & attend, const ggml_tensor * dst, char * scratch, monarch_attend_count * count) {
+    const int64_t n_blocks = monarch_attend_n_blocks(dst);
+
+    uint64_t score_us = 0;
+
+    for (int64_t i = params->ith; i < attend.n_head_kv*n_blocks; i += params->nth) {
+        const int64_t h = i/n_blocks;
+
+        monarch_attend_block(&attend, h, i%n_blocks, scratch + params->ith*monarch_attend_scratch_size(dst), &count[h], &score_us);
+    }
+    return score_us;
+}
+
+// a block by several threads, stage by stage
+static uint64_t monarch_attend_parts(const ggml_compute_params * params, const monarch_attend & attend, const ggml_tensor * dst, int64_t n_parts, char * scratch, monarch_attend_count * count) {
+    const size_t size = monarch_attend_scratch_size(dst);
+
+    const auto get_part = [&](int64_t i) {
+        return monarch_part { i/n_parts, i%n_parts, n_parts, scratch + i/n_parts*n_parts*size };
+    };
+
+    for (int64_t i = params->ith; i < attend.n_head_kv*n_parts; i += params->nth) {
+        const monarch_part part = get_part(i);
+        monarch_attend_part_begin(&attend, &part);
+    }
+    ggml_barrier(params->threadpool);
+
+    const int64_t t_start = ggml_time_us();
+
+    for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {
+        const monarch_part part = get_part(h*n_parts);
+        monarch_attend_part_choose(&attend, &part);
+    }
+    ggml_barrier(params->threadpool);
+
+    const uint64_t score_us = ggml_time_us() - t_start;
+
+    for (int64_t i = params->ith; i < attend.n_head_kv*n_parts; i += params->nth) {
+        const monarch_part part = get_part(i);
+        monarch_attend_part_cold(&attend, &part);
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {
+        const monarch_part part = get_part(h*n_parts);
+        monarch_attend_part_end(&attend, &part, &count[h]);
+    }
+    return score_us;
 }
 
 static void monarch_attend_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     const monarch_attend attend = monarch_attend_init(dst);
 
     const int32_t * table   = (const int32_t *) dst->src[7]->data;
-    const int64_t   n_block = (attend.q->ne[2] + attend.n_block - 1)/attend.n_block;
+    const int64_t   n_parts = monarch_attend_fit_parts(params, dst);
     const int64_t   t_start = ggml_time_us();
 
-    // [n_threads][n_head_kv] counters, then each thread's scratch
+    // [n_threads][n_head_kv] counters, then scratch
     monarch_attend_count * counts = (monarch_attend_count *) params->wdata;
+    monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
 
-    const size_t counts_size = GGML_PAD(params->nth*attend.n_head_kv*sizeof(monarch_attend_count), 64);
-
-    monarch_attend_count * count = counts + params->ith*attend.n_head_kv;
-
-    void * work = (char *) params->wdata + counts_size + params->ith*monarch_attend_thread_size(dst);
+    char * scratch = (char *) params->wdata + monarch_attend_counts_size(dst, params->nth);
 
     std::fill(count, count + attend.n_head_kv, monarch_attend_count{});
 
@@ -91,13 +170,9 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
 
     ggml_barrier(params->threadpool);
 
-    uint64_t score_us = 0;
-
-    for (int64_t i = params->ith; i < attend.n_head_kv*n_block; i += params->nth) {
-        const int64_t h = i/n_block;
-
-        monarch_attend_block(&attend, h, i%n_block, work, &count[h], &score_us);
-    }
+    const uint64_t score_us = n_parts == 1 ?
+        monarch_attend_blocks(params, attend, dst, scratch, count) :
+        monarch_attend_parts (params, attend, dst, n_parts, scratch, count);
 
     ggml_barrier(params->threadpool);
 
@@ -197,7 +272,8 @@ size_t ggml_compute_forward_monarch_work_size(const ggml_tensor * dst, int n_tas
         return n_tasks*2*op.codec.page_size*op.codec.head_dim*sizeof(float);
     }
 
-    const int64_t n_head_kv = dst->src[1]->ne[1];
+    const int64_t n_parts   = monarch_attend_n_parts(dst, n_tasks);
+    const int64_t n_scratch = n_parts == 1 ? n_tasks : dst->src[1]->ne[1]*n_parts;
 
-    return GGML_PAD(n_tasks*n_head_kv*sizeof(monarch_attend_count), 64) + n_tasks*monarch_attend_thread_size(dst);
+    return monarch_attend_counts_size(dst, n_tasks) + n_scratch*monarch_attend_scratch_size(dst);
 }
