@@ -9,6 +9,8 @@
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
 #include "ggml.h"
 
 #include <immintrin.h>
@@ -71,12 +73,24 @@ static size_t monarch_avx512_work_size(int32_t head_dim, int64_t n_rows, int64_t
     return monarch_avx512_work_init(&work, NULL, head_dim, n_rows, n_pages_max);
 }
 
-static bool monarch_avx512_supports(const struct monarch_op_params * op, const struct ggml_tensor * k, const struct ggml_tensor * v) {
-    static const bool has_cpu = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+static bool monarch_avx512_has_cpu() {
+    static const bool res = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 
-    return has_cpu && k->type == GGML_TYPE_F16 && v->type == GGML_TYPE_F16 && op->codec.head_dim % 32 == 0 &&
-        op->codec.page_size >= MONARCH_LANES && op->codec.bits_k <= 4 && op->codec.bits_v <= 4 && !op->codec.residual_k;
+    return res;
+}
+
+static bool monarch_ring_is_supported(enum ggml_type type, int32_t head_dim) {
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || (type == GGML_TYPE_Q8_0 && head_dim % 32 == 0);
+}
+
+static bool monarch_avx512_supports_hot(const struct monarch_op_params * op, enum ggml_type type_k, enum ggml_type type_v) {
+    return monarch_avx512_has_cpu() && monarch_ring_is_supported(type_k, op->codec.head_dim) && monarch_ring_is_supported(type_v, op->codec.head_dim);
+}
+
+static bool monarch_avx512_supports_cold(const struct monarch_op_params * op) {
+    return monarch_avx512_has_cpu() && op->codec.head_dim % 32 == 0 && op->codec.page_size >= MONARCH_LANES &&
+        op->codec.bits_k <= 4 && op->codec.bits_v <= 4 && !op->codec.residual_k;
 }
 
 // e^x for x <= 0, relative error below 1e-6: 2^y by a polynomial that is least-maximum on [0, 1)
@@ -154,15 +168,27 @@ static inline void monarch_transpose(__m512 * x) {
     }
 }
 
+// 16 values of one head of a slot, from a multiple of 16 on
 static inline __m512 monarch_ring_load(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t d) {
-    const char * src = (const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2] + d*sizeof(ggml_fp16_t);
+    const char * src = (const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2];
 
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) src));
+    if (t->type == GGML_TYPE_F16) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_fp16_t))));
+    }
+    if (t->type == GGML_TYPE_BF16) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_bf16_t)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+
+    const block_q8_0 * block = (const block_q8_0 *) src + d/QK8_0;
+
+    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (block->qs + d%QK8_0))));
+    return _mm512_mul_ps(values, _mm512_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d)))));
 }
 
 // a head's part of a slot is far from the next slot's: the processor does not guess it
 static inline void monarch_ring_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t d) {
-    _mm_prefetch((const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2] + d*sizeof(ggml_fp16_t), _MM_HINT_T0);
+    _mm_prefetch((const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2] + 2*d, _MM_HINT_T0);
 }
 
 // n <= 16 slots of one head as f32, K transposed; what is missing is zero
@@ -210,6 +236,30 @@ static inline __mmask16 monarch_mask_visible(const struct ggml_tensor * mask, in
     return _mm512_mask_cmp_ps_mask(valid, monarch_mask_load(mask, i_token, i0, valid), _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
 }
 
+// adds N*16 values of the tile's V
+template <int R, int N>
+static inline void monarch_hot_add(const struct monarch_avx512_work * work, struct monarch_row * rows, int64_t head_dim, int64_t d) {
+    __m512 acc[R][N];
+    for (int r = 0; r < R; ++r) {
+        for (int n = 0; n < N; ++n) {
+            acc[r][n] = _mm512_loadu_ps(rows[r].hot + d + n*MONARCH_LANES);
+        }
+    }
+    for (int64_t i = 0; i < MONARCH_LANES; ++i) {
+        for (int r = 0; r < R; ++r) {
+            const __m512 w = _mm512_set1_ps(work->weights[r*MONARCH_LANES + i]);
+            for (int n = 0; n < N; ++n) {
+                acc[r][n] = _mm512_fmadd_ps(_mm512_loadu_ps(work->v + i*head_dim + d + n*MONARCH_LANES), w, acc[r][n]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int n = 0; n < N; ++n) {
+            _mm512_storeu_ps(rows[r].hot + d + n*MONARCH_LANES, acc[r][n]);
+        }
+    }
+}
+
 template <int R>
 static inline void monarch_hot_rows(const struct monarch_attend * attend, struct monarch_avx512_work * work, struct monarch_row * rows, float * sums, int64_t i0, __mmask16 valid) {
     const int64_t head_dim = attend->op.codec.head_dim;
@@ -236,26 +286,12 @@ static inline void monarch_hot_rows(const struct monarch_attend * attend, struct
         _mm512_storeu_ps(work->weights + r*MONARCH_LANES, weights);
     }
 
-    for (int64_t d = 0; d < head_dim; d += 2*MONARCH_LANES) {
-        __m512 lo[R];
-        __m512 hi[R];
-        for (int r = 0; r < R; ++r) {
-            lo[r] = _mm512_loadu_ps(rows[r].hot + d);
-            hi[r] = _mm512_loadu_ps(rows[r].hot + d + MONARCH_LANES);
-        }
-        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
-            const __m512 v_lo = _mm512_loadu_ps(work->v + i*head_dim + d);
-            const __m512 v_hi = _mm512_loadu_ps(work->v + i*head_dim + d + MONARCH_LANES);
-            for (int r = 0; r < R; ++r) {
-                const __m512 w = _mm512_set1_ps(work->weights[r*MONARCH_LANES + i]);
-                lo[r] = _mm512_fmadd_ps(v_lo, w, lo[r]);
-                hi[r] = _mm512_fmadd_ps(v_hi, w, hi[r]);
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            _mm512_storeu_ps(rows[r].hot + d,                 lo[r]);
-            _mm512_storeu_ps(rows[r].hot + d + MONARCH_LANES, hi[r]);
-        }
+    int64_t d = 0;
+    for (; d + 2*MONARCH_LANES <= head_dim; d += 2*MONARCH_LANES) {
+        monarch_hot_add<R, 2>(work, rows, head_dim, d);
+    }
+    if (d < head_dim) {
+        monarch_hot_add<R, 1>(work, rows, head_dim, d);
     }
 }
 
@@ -844,7 +880,11 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
 
 #else
 
-static bool monarch_avx512_supports(const struct monarch_op_params *, const struct ggml_tensor *, const struct ggml_tensor *) {
+static bool monarch_avx512_supports_hot(const struct monarch_op_params *, enum ggml_type, enum ggml_type) {
+    return false;
+}
+
+static bool monarch_avx512_supports_cold(const struct monarch_op_params *) {
     return false;
 }
 
@@ -859,10 +899,11 @@ static size_t monarch_avx512_work_size(int32_t, int64_t, int64_t) {
 #endif
 
 const struct monarch_kernel monarch_kernel_avx512 = {
-    /*.name      =*/ "avx512",
-    /*.supports  =*/ monarch_avx512_supports,
-    /*.work_size =*/ monarch_avx512_work_size,
-    /*.hot       =*/ monarch_avx512_hot,
-    /*.cold      =*/ monarch_avx512_cold,
-    /*.score     =*/ monarch_avx512_score,
+    /*.name          =*/ "avx512",
+    /*.supports_hot  =*/ monarch_avx512_supports_hot,
+    /*.supports_cold =*/ monarch_avx512_supports_cold,
+    /*.work_size     =*/ monarch_avx512_work_size,
+    /*.hot           =*/ monarch_avx512_hot,
+    /*.cold          =*/ monarch_avx512_cold,
+    /*.score         =*/ monarch_avx512_score,
 };

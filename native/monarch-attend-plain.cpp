@@ -35,10 +35,15 @@ static size_t monarch_plain_work_size(int32_t head_dim, int64_t n_rows, int64_t 
     return (MONARCH_TILE*head_dim*2 + MONARCH_TILE + 2*head_dim)*sizeof(float);
 }
 
-static bool monarch_plain_supports(const monarch_op_params * op, const ggml_tensor * k, const ggml_tensor * v) {
+static bool monarch_plain_supports_hot(const monarch_op_params * op, ggml_type type_k, ggml_type type_v) {
     GGML_UNUSED(op);
-    GGML_UNUSED(k);
-    GGML_UNUSED(v);
+    GGML_UNUSED(type_k);
+    GGML_UNUSED(type_v);
+    return true;
+}
+
+static bool monarch_plain_supports_cold(const monarch_op_params * op) {
+    GGML_UNUSED(op);
     return true;
 }
 
@@ -167,10 +172,11 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
 }
 
 const monarch_kernel monarch_kernel_plain = {
-    /*.name      =*/ "plain",
-    /*.supports  =*/ monarch_plain_supports,
-    /*.work_size =*/ monarch_plain_work_size,
-    /*.hot       =*/ monarch_plain_hot,
-    /*.cold      =*/ monarch_plain_cold,
-    /*.score     =*/ monarch_plain_score,
+    /*.name          =*/ "plain",
+    /*.supports_hot  =*/ monarch_plain_supports_hot,
+    /*.supports_cold =*/ monarch_plain_supports_cold,
+    /*.work_size     =*/ monarch_plain_work_size,
+    /*.hot           =*/ monarch_plain_hot,
+    /*.cold          =*/ monarch_plain_cold,
+    /*.score         =*/ monarch_plain_score,
 };

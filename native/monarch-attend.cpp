@@ -6,6 +6,7 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -25,13 +26,31 @@ static bool monarch_kernel_is_allowed(const monarch_kernel * kernel) {
     return !name || kernel == &monarch_kernel_plain || strcmp(name, kernel->name) == 0;
 }
 
-static const monarch_kernel * monarch_kernel_find(const monarch_attend * attend) {
+static const monarch_kernel * monarch_kernel_find_hot(const monarch_attend * attend) {
     for (const monarch_kernel * kernel : monarch_kernels) {
-        if (monarch_kernel_is_allowed(kernel) && kernel->supports(&attend->op, attend->k, attend->v)) {
+        if (monarch_kernel_is_allowed(kernel) && kernel->supports_hot(&attend->op, attend->k->type, attend->v->type)) {
             return kernel;
         }
     }
     return &monarch_kernel_plain;
+}
+
+// of scores and pages
+static const monarch_kernel * monarch_kernel_find_cold(const monarch_attend * attend) {
+    for (const monarch_kernel * kernel : monarch_kernels) {
+        if (monarch_kernel_is_allowed(kernel) && kernel->supports_cold(&attend->op)) {
+            return kernel;
+        }
+    }
+    return &monarch_kernel_plain;
+}
+
+void monarch_attend_say_kernels(const monarch_attend * attend) {
+    static std::atomic<bool> is_said { false };
+
+    if (!is_said.exchange(true)) {
+        GGML_LOG_INFO("%s: hot window: %s, cold pages: %s\n", __func__, monarch_kernel_find_hot(attend)->name, monarch_kernel_find_cold(attend)->name);
+    }
 }
 
 static size_t monarch_kernel_work_size(int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
@@ -227,14 +246,14 @@ void monarch_attend_block(
     const bool is_last   = i_token0 + n_tokens == n_tokens_all;
     const bool is_logged = is_last && attend->mode == MONARCH_MODE_PAGED;
 
-    const monarch_kernel * kernel = monarch_kernel_find(attend);
+    const monarch_kernel * kernel = monarch_kernel_find_cold(attend);
 
     monarch_work work;
     monarch_work_init(&work, (char *) work_data, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
 
     monarch_rows_init(attend, head_kv, i_token0, n_tokens, &work);
 
-    kernel->hot(attend, head_kv, &work, 0, attend->k->ne[2]);
+    monarch_kernel_find_hot(attend)->hot(attend, head_kv, &work, 0, attend->k->ne[2]);
 
     const int64_t t_start = ggml_time_us();
 
@@ -278,8 +297,6 @@ static int64_t monarch_part_bound(const monarch_part * part, int64_t n, int64_t 
 }
 
 void monarch_attend_part_begin(const monarch_attend * attend, const monarch_part * part) {
-    const monarch_kernel * kernel = monarch_kernel_find(attend);
-
     monarch_work shared;
     monarch_work_init(&shared, (char *) monarch_part_get(attend, part, 0), attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
 
@@ -293,13 +310,13 @@ void monarch_attend_part_begin(const monarch_attend * attend, const monarch_part
 
     const int64_t n_kv = attend->k->ne[2];
 
-    kernel->hot(attend, part->head_kv, work,
+    monarch_kernel_find_hot(attend)->hot(attend, part->head_kv, work,
             monarch_part_bound(part, n_kv, MONARCH_HOT_STEP, part->i_part), monarch_part_bound(part, n_kv, MONARCH_HOT_STEP, part->i_part + 1));
 
     if (monarch_attend_is_selective(attend)) {
         const int32_t n = attend->n_pages;
 
-        kernel->score(attend, part->head_kv, work,
+        monarch_kernel_find_cold(attend)->score(attend, part->head_kv, work,
                 monarch_part_bound(part, n, MONARCH_SUMMARY_GROUP, part->i_part), monarch_part_bound(part, n, MONARCH_SUMMARY_GROUP, part->i_part + 1));
     }
 }
@@ -368,7 +385,7 @@ void monarch_attend_part_cold(const monarch_attend * attend, const monarch_part 
         monarch_rows_clear_mass(&work);
     }
 
-    monarch_kernel_find(attend)->cold(attend, part->head_kv, &work);
+    monarch_kernel_find_cold(attend)->cold(attend, part->head_kv, &work);
 }
 
 void monarch_attend_part_end(const monarch_attend * attend, const monarch_part * part, monarch_attend_count * count) {

@@ -61,7 +61,8 @@ struct monarch_work {
 struct monarch_kernel {
     const char * name;
 
-    bool   (*supports) (const struct monarch_op_params * op, const struct ggml_tensor * k, const struct ggml_tensor * v);
+    bool   (*supports_hot) (const struct monarch_op_params * op, enum ggml_type type_k, enum ggml_type type_v);
+    bool   (*supports_cold)(const struct monarch_op_params * op);
     size_t (*work_size)(int32_t head_dim, int64_t n_rows, int64_t n_pages_max); // bytes
 
     // slots [i0, i1) of the ring under the mask; i0 is a multiple of MONARCH_HOT_STEP
@@ -85,6 +86,9 @@ struct monarch_attend_count {
     int32_t n_promoted;
     int32_t n_scored;
 };
+
+// once per process: which kernels serve
+void monarch_attend_say_kernels(const struct monarch_attend * attend);
 
 // queries per block: about 64 rows
 int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens);

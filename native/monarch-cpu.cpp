@@ -158,6 +158,10 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
 
     char * scratch = (char *) params->wdata + monarch_attend_counts_size(dst, params->nth);
 
+    if (params->ith == 0) {
+        monarch_attend_say_kernels(&attend);
+    }
+
     std::fill(count, count + attend.n_head_kv, monarch_attend_count{});
 
     for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {

@@ -14,6 +14,7 @@ SHAPES = [  # head size, query heads, KV heads, page size, bits of K, bits of V
     (64, 8, 1, 16, 4, 4),
     (64, 6, 2, 32, 4, 4),
     (64, 4, 2, 16, 3, 2),
+    (80, 4, 2, 16, 4, 4),  # the hot window alone: the plain path attends its pages
     (96, 5, 1, 16, 2, 3),
     (128, 4, 1, 16, 4, 4),
     (192, 2, 1, 32, 3, 4),
@@ -65,11 +66,20 @@ def test_kernel_equals_plain_path(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_hot_window_alone_is_f32(patched_bin: Path, folder: Path, cases: list[dict], kernel: str) -> None:
+@pytest.mark.parametrize("hot_type", ["f16", "bf16", "q8_0"])
+def test_hot_window_alone_is_f32(
+    patched_bin: Path, folder: Path, cases: list[dict], kernel: str, hot_type: str
+) -> None:
+    types = {"type_k": hot_type, "type_v": hot_type, "flash_attn": hot_type == "q8_0"}
+    cases = [case | types for case in cases]
+    if hot_type == "q8_0":
+        cases = [case for case, shape in zip(cases, SHAPES, strict=True) if shape[0] % 32 == 0]
     plain = run_kernel(patched_bin, folder, cases, "plain", mode="window")
     fast = run_kernel(patched_bin, folder, cases, kernel, mode="window")
-    for shape, got, want in zip(SHAPES, fast, plain, strict=True):
-        assert nmse(got.logits, want.logits) <= 1e-9, shape
+    assert len(fast) >= len(SHAPES) - 1
+    limit = 1e-7 if hot_type == "q8_0" else 1e-9  # a last bit can change a value's code in the layer above
+    for case, got, want in zip(cases, fast, plain, strict=True):
+        assert nmse(got.logits, want.logits) <= limit, case["model"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
