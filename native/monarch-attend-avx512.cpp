@@ -5,6 +5,7 @@
 // Compiled with the flags for these instructions whatever the rest is compiled for, and used where the CPU has them.
 
 #include "monarch-attend.h"
+#include "monarch-exp2.h"
 #include "monarch-summary.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
@@ -93,17 +94,17 @@ static bool monarch_avx512_supports_cold(const struct monarch_op_params * op) {
         op->codec.bits_k <= 4 && op->codec.bits_v <= 4 && !op->codec.residual_k;
 }
 
-// e^x for x <= 0, relative error below 1e-6: 2^y by a polynomial that is least-maximum on [0, 1)
+// e^x for x <= 0, relative error below 1e-6
 static inline __m512 monarch_exp(__m512 x) {
     const __m512 y = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
     const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
 
-    __m512 p = _mm512_set1_ps(1.877575949e-03f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.989341848e-03f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.582631658e-02f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.401536175e-01f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931530731e-01f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.999999251e-01f));
+    __m512 p = _mm512_set1_ps(MONARCH_EXP2_5);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(MONARCH_EXP2_4));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(MONARCH_EXP2_3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(MONARCH_EXP2_2));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(MONARCH_EXP2_1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(MONARCH_EXP2_0));
 
     return _mm512_scalef_ps(p, y);
 }

@@ -17,7 +17,7 @@
 //
 
 // the fastest first
-static const monarch_kernel * const monarch_kernels[] = { &monarch_kernel_avx512, &monarch_kernel_plain };
+static const monarch_kernel * const monarch_kernels[] = { &monarch_kernel_avx512, &monarch_kernel_avx2, &monarch_kernel_neon, &monarch_kernel_plain };
 
 // tests compare kernels: MONARCH_KERNEL names the only one that may serve besides the plain path
 static bool monarch_kernel_is_allowed(const monarch_kernel * kernel) {

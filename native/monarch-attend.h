@@ -77,6 +77,8 @@ struct monarch_kernel {
 
 extern const struct monarch_kernel monarch_kernel_plain;
 extern const struct monarch_kernel monarch_kernel_avx512;
+extern const struct monarch_kernel monarch_kernel_avx2;
+extern const struct monarch_kernel monarch_kernel_neon;
 
 // moves a row's softmax to a greater maximum
 void monarch_row_set_max(struct monarch_row * row, int64_t head_dim, float max);

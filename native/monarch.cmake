@@ -11,7 +11,9 @@ endfunction()
 function(monarch_add_ggml_cpu target)
     target_sources(${target} PRIVATE
         ${MONARCH_DIR}/monarch-attend.cpp
+        ${MONARCH_DIR}/monarch-attend-avx2.cpp
         ${MONARCH_DIR}/monarch-attend-avx512.cpp
+        ${MONARCH_DIR}/monarch-attend-neon.cpp
         ${MONARCH_DIR}/monarch-attend-plain.cpp
         ${MONARCH_DIR}/monarch-codec.cpp
         ${MONARCH_DIR}/monarch-cpu.cpp
@@ -26,10 +28,19 @@ function(monarch_add_ggml_cpu target)
         PROPERTIES COMPILE_OPTIONS "$<$<CXX_COMPILER_ID:GNU,Clang,AppleClang>:-ffp-contract=off>")
 
     # kernels for instructions that the rest may be compiled without; chosen at run time
-    if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-        set_source_files_properties(
-            ${MONARCH_DIR}/monarch-attend-avx512.cpp
-            PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mavx512vbmi;-mfma;-mf16c")
+    if (CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+        if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+            set_source_files_properties(
+                ${MONARCH_DIR}/monarch-attend-avx512.cpp
+                PROPERTIES COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vnni;-mavx512vbmi;-mfma;-mf16c")
+            set_source_files_properties(
+                ${MONARCH_DIR}/monarch-attend-avx2.cpp
+                PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+        elseif (CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+            set_source_files_properties(
+                ${MONARCH_DIR}/monarch-attend-neon.cpp
+                PROPERTIES COMPILE_OPTIONS "-march=armv8.2-a+dotprod")
+        endif()
     endif()
 endfunction()
 
