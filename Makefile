@@ -41,9 +41,9 @@ clean:
 # another project of this user gets from it.
 $(READY):
 	@echo "setting up $(VENV): about a minute"
-	rm -rf $(VENV)
-	$(PYTHON3) -m venv $(VENV)
-	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+	@rm -rf $(VENV)
+	@$(PYTHON3) -m venv $(VENV)
+	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
 	    $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-cache-dir $(BINDINGS)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	touch $@
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
