@@ -35,8 +35,7 @@ ROOM = 64  # for the answer
 
 
 def open_model(path: Path, n_ctx: int, **options: object) -> Llama:
-    n_threads = os.cpu_count()
-    options |= {"n_batch": 512, "n_ubatch": 512, "n_threads": n_threads, "n_threads_batch": n_threads}
+    options |= {"n_batch": 512, "n_ubatch": 512, "n_threads": 1, "n_threads_batch": 1}  # too small for more
     return Llama(str(path), n_ctx=n_ctx, verbose=False, **options)
 
 

@@ -36,6 +36,7 @@ class Phase:
     n_steps: int  # of N_STEPS; other numbers of steps are divided alike
     n_tokens: int  # length of a sequence
     mixture: Mixture
+    divide: int = 1  # the preset's tokens in a step
 
 
 # Short and dense first: recall comes from many steps on it, and has to stay while the texts grow. Plain wordings first,
@@ -44,12 +45,13 @@ LATER = Mixture(repeat=0.05, lists=0.05, facts=0.3, chats=0.15, varied=True)
 PHASES = (
     Phase(144, 256, Mixture(repeat=0.5, lists=0.3, facts=0.1)),
     Phase(556, 512, Mixture(repeat=0.1, lists=0.1, facts=0.3)),
-    Phase(380, 1024, LATER),
-    Phase(220, 2048, LATER),
-    Phase(100, 4096, LATER),
+    Phase(102, 1024, LATER),
+    Phase(148, 1024, LATER, divide=2),
+    Phase(170, 2048, LATER, divide=2),
+    Phase(80, 4096, LATER, divide=2),
 )
 N_STEPS = sum(phase.n_steps for phase in PHASES)
-N_WARM_UP = 18
+N_WARM_UP, N_PLATEAU = 18, 720  # of N_STEPS, too
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(Shape(512, 128, 2, 2, 1, 256), 20, 512, 256, 0.01),
+    "tiny": Preset(Shape(512, 192, 2, 2, 1, 256), 20, 512, 256, 0.01),
     "cpu": Preset(Shape(2048, 256, 6, 4, 2, 768), N_STEPS, 8192, 4096, 0.01),
     "gpu": Preset(Shape(2048, 448, 9, 7, 1, 1280), 6000, 131072, 8192, 0.01, stretch=2),
 }
@@ -113,7 +115,8 @@ def make_optimizers(net: Net, lr: float) -> list[torch.optim.Optimizer]:
 
 def rate(step: int, n_steps: int) -> float:
     """Warm-up, a plateau, then down to nothing."""
-    return min(1.0, step / N_WARM_UP, 2 * (1.0 - step / n_steps) + 0.001)
+    at = step * N_STEPS / n_steps
+    return min(1.0, at / N_WARM_UP, (N_STEPS - at) / (N_STEPS - N_PLATEAU) + 0.001)
 
 
 def find_phase(step: int, n_steps: int) -> Phase:
@@ -179,7 +182,7 @@ class Run:
     def train_step(self) -> float:
         phase = find_phase(self.step, self.n_steps)
         n_tokens = phase.n_tokens * self.preset.stretch if self.args.preset != "tiny" else 128
-        n_rows = max(1, self.preset.step_tokens // n_tokens)
+        n_rows = max(1, self.preset.step_tokens // phase.divide // n_tokens)
         loss = self.loss(self.corpus, phase.mixture, n_rows, n_tokens, SEED, self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
