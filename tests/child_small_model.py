@@ -43,7 +43,7 @@ def statistics(llm: llama_cpp.Llama) -> dict | None:
 
 def main() -> None:
     args = parse_args()
-    llm = llama_cpp.Llama(args.model, n_ctx=args.tokens + ROOM, n_batch=512, n_ubatch=512, n_threads=2, verbose=False)
+    llm = llama_cpp.Llama(args.model, n_ctx=args.tokens + ROOM, n_batch=512, n_ubatch=512, n_threads=1, verbose=False)
     text = tokenize(llm, make_haystack(4 * args.tokens, 1).text)
     asked = []
     for i, depth in enumerate(args.depths):
