@@ -133,7 +133,7 @@ OTHERS = {
     "bits": {"MONARCH_COLD_BITS_V": "3"},
     "hot window": {"MONARCH_HOT_WINDOW": "48"},
     "sink tokens": {"MONARCH_SINK_TOKENS": "4"},
-    "scorer": {"MONARCH_SCORER": "minmax"},
+    "scorer": {"MONARCH_SCORER": "meanstd"},
     "residual": {"MONARCH_RESIDUAL_K": "on"},
 }
 
