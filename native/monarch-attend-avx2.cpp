@@ -73,7 +73,6 @@ static inline monarch_i8 monarch_i8_set1  (int8_t a)                            
 static inline monarch_i8 monarch_i8_set4  (int32_t a)                              { return _mm256_set1_epi32(a); }
 static inline monarch_i8 monarch_i8_or    (monarch_i8 a, monarch_i8 b)             { return _mm256_or_si256(a, b); }
 static inline monarch_i8 monarch_i8_xor   (monarch_i8 a, monarch_i8 b)             { return _mm256_xor_si256(a, b); }
-static inline monarch_i8 monarch_i8_negate(monarch_i8 a)                           { return _mm256_sub_epi8(_mm256_setzero_si256(), a); }
 static inline monarch_i8 monarch_i8_low   (monarch_i8 a)                           { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 static inline monarch_i8 monarch_i8_high  (monarch_i8 a)                           { return monarch_i8_low(_mm256_srli_epi16(a, 4)); }
 static inline monarch_i8 monarch_i8_table (const int8_t * src)                     { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) src)); }
@@ -88,6 +87,10 @@ static inline monarch_i8 monarch_i8_bits(const uint8_t * src, int i_quarter) {
 
 static inline monarch_i8 monarch_i8_select(monarch_i8 codes, int i_bit, monarch_i8 a, monarch_i8 b) {
     return _mm256_blendv_epi8(b, a, _mm256_slli_epi16(codes, 7 - i_bit));
+}
+
+static inline monarch_i8 monarch_i8_negate(monarch_i8 codes, int i_bit, monarch_i8 a) {
+    return _mm256_sign_epi8(a, _mm256_or_si256(_mm256_slli_epi16(codes, 7 - i_bit), _mm256_set1_epi8(1)));
 }
 
 // sums of two products fit into 16 bits: 2*128*127 < 32768

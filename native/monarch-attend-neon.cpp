@@ -55,7 +55,6 @@ static inline monarch_i8 monarch_i8_set1  (int8_t a)                           {
 static inline monarch_i8 monarch_i8_set4  (int32_t a)                          { return vreinterpretq_s8_s32(vdupq_n_s32(a)); }
 static inline monarch_i8 monarch_i8_or    (monarch_i8 a, monarch_i8 b)         { return vorrq_s8(a, b); }
 static inline monarch_i8 monarch_i8_xor   (monarch_i8 a, monarch_i8 b)         { return veorq_s8(a, b); }
-static inline monarch_i8 monarch_i8_negate(monarch_i8 a)                       { return vnegq_s8(a); }
 static inline monarch_i8 monarch_i8_low   (monarch_i8 a)                       { return vandq_s8(a, vdupq_n_s8(15)); }
 static inline monarch_i8 monarch_i8_high  (monarch_i8 a)                       { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a), 4)); }
 static inline monarch_i8 monarch_i8_table (const int8_t * src)                 { return vld1q_s8(src); }
@@ -69,6 +68,10 @@ static inline monarch_i8 monarch_i8_bits(const uint8_t * src, int i_quarter) {
 
 static inline monarch_i8 monarch_i8_select(monarch_i8 codes, int i_bit, monarch_i8 a, monarch_i8 b) {
     return vbslq_s8(vtstq_s8(codes, vdupq_n_s8((int8_t) (1 << i_bit))), a, b);
+}
+
+static inline monarch_i8 monarch_i8_negate(monarch_i8 codes, int i_bit, monarch_i8 a) {
+    return monarch_i8_select(codes, i_bit, vnegq_s8(a), a);
 }
 
 static inline monarch_i32 monarch_dot   (monarch_i32 c, monarch_i8 a, monarch_i8 b) { return vdotq_s32(c, a, b); }

@@ -7,7 +7,7 @@
 //   monarch_f32      [MONARCH_LANES]    load, load_f16, store, set1, add, sub, mul, fma (a*b + c), max, floor,
 //                                       scale (a*2^b for whole b), sum, top (the greatest), transpose (MONARCH_LANES vectors)
 //   monarch_i32      [MONARCH_LANES]    set1, to_f32
-//   monarch_i8       [4*MONARCH_LANES]  load, set1, set4 (four bytes to every lane), or, xor, negate,
+//   monarch_i8       [4*MONARCH_LANES]  load, set1, set4 (four bytes to every lane), or, xor, negate (where the bit of the code is set),
 //                                       low, high (the nibble of each byte),
 //                                       bits (of 64 packed pairs of bits, those of the quarters that start at i_quarter),
 //                                       table (16 bytes), lookup (of indices in a table), select (bit of the code set ? a : b)
@@ -27,6 +27,7 @@
 #include "ggml.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 // tokens, or pages to score, at a time
@@ -332,8 +333,8 @@ static inline monarch_i8 monarch_codes_load(int32_t bits, const uint8_t * src, i
 // The points of all codes, in tables of 16.
 //
 // Up to 3 bits: x, then y, by the low nibble of the code; its bits 4 and 5 choose among four tables.
-// 4 bits: x of the angles 0 to 7 by ring, the high nibble; bits 0 and 1 choose among four tables. The rest is symmetry: the
-// angles 8 to 15 are opposite to those, and y is the x of four angles, a quarter turn, before.
+// 4 bits: |x| of the angles 0 to 3, then 4 to 7, by ring, the high nibble; bits 0 and 1 choose among four tables. The rest is
+// symmetry: x is negative from angle 4 to 11, and y is the x of four angles, a quarter turn, before.
 struct monarch_simd_lookup {
     monarch_i8 tables[8];
     int32_t    bits;
@@ -348,7 +349,7 @@ static struct monarch_simd_lookup monarch_lookup_init(int32_t bits) {
     for (int i = 0; i < 8; ++i) {
         int8_t table[16];
         for (int j = 0; j < 16; ++j) {
-            table[j] = bits == 4 ? points->x[16*j + i] : i < 4 ? points->x[16*i + j] : points->y[16*(i - 4) + j];
+            table[j] = bits == 4 ? abs(points->x[16*j + i]) : i < 4 ? points->x[16*i + j] : points->y[16*(i - 4) + j];
         }
         res.tables[i] = monarch_i8_table(table);
     }
@@ -376,11 +377,8 @@ static inline void monarch_lookup_get(const struct monarch_simd_lookup * lookup,
     const monarch_i8 first  = monarch_lookup_choose(lookup->tables,     ring, codes, 0);
     const monarch_i8 second = monarch_lookup_choose(lookup->tables + 4, ring, codes, 0);
 
-    const monarch_i8 x_half = monarch_i8_select(codes, 2, second, first);
-    const monarch_i8 y_half = monarch_i8_select(codes, 2, first,  monarch_i8_negate(second));
-
-    *x = monarch_i8_select(codes, 3, monarch_i8_negate(x_half), x_half);
-    *y = monarch_i8_select(codes, 3, monarch_i8_negate(y_half), y_half);
+    *x = monarch_i8_negate(codes, 3, monarch_i8_negate(codes, 2, monarch_i8_select(codes, 2, second, first)));
+    *y = monarch_i8_negate(codes, 3, monarch_i8_select(codes, 2, first, second));
 }
 
 //
@@ -393,15 +391,12 @@ static inline monarch_i8 monarch_set4(const int8_t * src) {
     return monarch_i8_set4(res);
 }
 
-// acc: [R][MONARCH_VECTORS], adds the products of x: [n][MONARCH_VECTORS] and of R rows of q: [n][4]
+// acc: [R], adds the products of a vector of each x: [n][MONARCH_VECTORS] and of R rows of q: [n][4]
 template <int R>
 static inline void monarch_dot_rows(int64_t n, const monarch_i8 * x, const int8_t * q, int64_t stride, monarch_i32 * acc) {
     for (int64_t j = 0; j < n; ++j) {
         for (int r = 0; r < R; ++r) {
-            const monarch_i8 qj = monarch_set4(q + r*stride + 4*j);
-            for (int i = 0; i < MONARCH_VECTORS; ++i) {
-                acc[r*MONARCH_VECTORS + i] = monarch_dot(acc[r*MONARCH_VECTORS + i], x[j*MONARCH_VECTORS + i], qj);
-            }
+            acc[r] = monarch_dot(acc[r], x[j*MONARCH_VECTORS], monarch_set4(q + r*stride + 4*j));
         }
     }
 }
@@ -446,19 +441,18 @@ static void monarch_cold_quantize(const struct monarch_attend * attend, const st
 
 template <int R>
 static inline void monarch_cold_dot(int64_t head_dim, const monarch_i8 * k, const monarch_f32 * k_scales, int64_t ir, struct monarch_simd_work * simd) {
-    monarch_i32 acc[R*MONARCH_VECTORS];
-    for (int i = 0; i < R*MONARCH_VECTORS; ++i) {
-        acc[i] = monarch_i32_set1(0);
-    }
+    for (int i = 0; i < MONARCH_VECTORS; ++i) {
+        monarch_i32 acc[R];
+        for (int r = 0; r < R; ++r) {
+            acc[r] = monarch_i32_set1(0);
+        }
 
-    monarch_dot_rows<R>(head_dim/4, k, simd->q + ir*head_dim, head_dim, acc);
+        monarch_dot_rows<R>(head_dim/4, k + i, simd->q + ir*head_dim, head_dim, acc);
 
-    for (int r = 0; r < R; ++r) {
-        const monarch_f32 scale = monarch_f32_set1(simd->q_scale[ir + r]);
+        for (int r = 0; r < R; ++r) {
+            const monarch_f32 scale = monarch_f32_mul(monarch_f32_set1(simd->q_scale[ir + r]), k_scales[i]);
 
-        for (int i = 0; i < MONARCH_VECTORS; ++i) {
-            monarch_f32_store(simd->logits + (ir + r)*MONARCH_TILE + i*MONARCH_LANES,
-                    monarch_f32_mul(monarch_i32_to_f32(acc[r*MONARCH_VECTORS + i]), monarch_f32_mul(scale, k_scales[i])));
+            monarch_f32_store(simd->logits + (ir + r)*MONARCH_TILE + i*MONARCH_LANES, monarch_f32_mul(monarch_i32_to_f32(acc[r]), scale));
         }
     }
 }
@@ -694,44 +688,42 @@ static inline void monarch_score_group(const struct monarch_attend * attend, con
 
     const uint8_t * values = group + 4*MONARCH_SUMMARY_GROUP*sizeof(ggml_fp16_t);
 
-    monarch_f32 score[MONARCH_ROWS*MONARCH_VECTORS];
-    for (int i = 0; i < MONARCH_ROWS*MONARCH_VECTORS; ++i) {
-        score[i] = monarch_f32_set1(0.0f);
+    monarch_i8 x[2][MONARCH_MAX_HEAD_DIM/4*MONARCH_VECTORS];
+    for (int half = 0; half < 2; ++half) {
+        for (int64_t i = 0; i < head_dim/4*MONARCH_VECTORS; ++i) {
+            x[half][i] = monarch_i8_xor(monarch_i8_load(values + half*head_dim*MONARCH_TILE + i*4*MONARCH_LANES), monarch_i8_set1(-128));
+        }
     }
 
-    for (int half = 0; half < 2; ++half) {
-        monarch_i8 x[MONARCH_MAX_HEAD_DIM/4*MONARCH_VECTORS];
-        for (int64_t i = 0; i < head_dim/4*MONARCH_VECTORS; ++i) {
-            x[i] = monarch_i8_xor(monarch_i8_load(values + half*head_dim*MONARCH_TILE + i*4*MONARCH_LANES), monarch_i8_set1(-128));
+    for (int i = 0; i < MONARCH_VECTORS; ++i) {
+        monarch_f32 score[MONARCH_ROWS];
+        for (int r = 0; r < MONARCH_ROWS; ++r) {
+            score[r] = monarch_f32_set1(0.0f);
         }
 
-        monarch_i32 acc[MONARCH_ROWS*MONARCH_VECTORS];
-        for (int i = 0; i < MONARCH_ROWS*MONARCH_VECTORS; ++i) {
-            acc[i] = monarch_i32_set1(queries[i/MONARCH_VECTORS].bias[half]);
-        }
+        for (int half = 0; half < 2; ++half) {
+            monarch_i32 acc[MONARCH_ROWS];
+            for (int r = 0; r < MONARCH_ROWS; ++r) {
+                acc[r] = monarch_i32_set1(queries[r].bias[half]);
+            }
 
-        monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x, w + half*head_dim, 2*head_dim, acc);
+            monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x[half] + i, w + half*head_dim, 2*head_dim, acc);
 
-        for (int i = 0; i < MONARCH_VECTORS; ++i) {
             const uint8_t * head = group + half*64 + i*MONARCH_LANES*sizeof(ggml_fp16_t);
 
             const monarch_f32 offset = monarch_f32_load_f16(head);
             const monarch_f32 step   = monarch_f32_load_f16(head + MONARCH_SUMMARY_GROUP*sizeof(ggml_fp16_t));
 
             for (int r = 0; r < MONARCH_ROWS; ++r) {
-                monarch_f32 * s = &score[r*MONARCH_VECTORS + i];
+                const monarch_f32 product = monarch_f32_mul(monarch_i32_to_f32(acc[r]), monarch_f32_set1(queries[r].scale[half]));
 
-                const monarch_f32 product = monarch_f32_mul(monarch_i32_to_f32(acc[r*MONARCH_VECTORS + i]), monarch_f32_set1(queries[r].scale[half]));
-
-                *s = monarch_f32_fma(product, step,   *s);
-                *s = monarch_f32_fma(offset, monarch_f32_set1(queries[r].sum[half]), *s);
+                score[r] = monarch_f32_fma(product, step,   score[r]);
+                score[r] = monarch_f32_fma(offset, monarch_f32_set1(queries[r].sum[half]), score[r]);
             }
         }
-    }
 
-    for (int r = 0; r < MONARCH_ROWS; ++r) {
-        for (int i = 0; i < MONARCH_VECTORS; ++i) {
-            monarch_f32_store(dst + r*stride + i*MONARCH_LANES, monarch_f32_mul(score[r*MONARCH_VECTORS + i], monarch_f32_set1(attend->op.kq_scale)));
+        for (int r = 0; r < MONARCH_ROWS; ++r) {
+            monarch_f32_store(dst + r*stride + i*MONARCH_LANES, monarch_f32_mul(score[r], monarch_f32_set1(attend->op.kq_scale)));
         }
     }
 }

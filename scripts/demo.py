@@ -62,8 +62,8 @@ def introduce() -> None:
     headline("1. Chat about a story")
     say(f"""
         {STORY} is a story of 1150 words, about 1700 tokens. A few of its sentences have nothing to do with it: they say
-        somebody's secret code, what somebody carries. The questions come after the whole story, when those sentences have
-        long left the hot window, the last {HOT_WINDOW} tokens.
+        somebody's secret code, or what somebody carries. The questions come after the whole story, when those have long
+        left the hot window, the last {HOT_WINDOW} tokens.
 
         {MODEL} is a very small model, trained for this project (models/README.md): it knows little, but it looks things
         up in what it read. What it answers shows what the cache still holds.

@@ -16,7 +16,7 @@ from monarch_llamacpp.llama import SHIM  # noqa: E402
 FOLDER = Path(sys.argv[1])
 OPTIONS = {"n_ctx": 4096, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 KNOBS = Knobs(
-    mode="paged", hot_window=64, promote_tokens=128, dense_layers=0, promotion_threshold=0.01, scorer="meanstd"
+    mode="paged", hot_window=64, promote_tokens=128, dense_layers=0, promotion_threshold=0.01, scorer="minmax"
 )
 
 

@@ -444,7 +444,7 @@ def test_the_last_line_names_the_output_and_its_size(good: Path, tmp_path: Path,
     assert re.fullmatch(r".*/x\.gguf: \d+\.\d MiB, q8_0", captured.err.splitlines()[-1])
 
 
-@pytest.mark.parametrize("source, message", [("no/such/folder", "neither a folder"), ("README.md", "neither a folder")])
+@pytest.mark.parametrize("source, message", [("no/such/folder", "neither a folder"), (__file__, "is a file")])
 def test_a_source_that_is_nothing(source: str, message: str, tmp_path: Path, capsys) -> None:
     assert main(["convert", source, "-o", str(tmp_path / "x.gguf")]) == 2
     assert message in capsys.readouterr().err

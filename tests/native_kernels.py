@@ -1,0 +1,82 @@
+"""native_kernels.cpp: the op that attends, without the rest of llama.cpp, on made-up pages."""
+
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from monarch_llamacpp import builder_source, paths, pin
+
+N_HEAD_KV = 2
+WINDOW, PAGED, EXACT = 1, 2, 3  # enum monarch_mode
+
+
+class Case(NamedTuple):
+    head_dim: int
+    n_gqa: int = 4
+    n_tokens: int = 1
+    page_size: int = 16
+    bits_k: int = 4
+    bits_v: int = 4
+    scorer: int = 1
+    mode: int = EXACT
+    n_pages: int = 9
+    n_promote: int = 9
+    n_kv: int = 43
+    hot_bf16: int = 0
+    mask_f32: int = 0
+    n_runs: int = 1
+
+
+def upstream_dir() -> Path:
+    return builder_source.upstream_dir(pin.read_pin(), paths.cache_dir())
+
+
+def _sources() -> list[Path]:
+    folder = paths.native_dir()
+    names = [f"monarch-{name}.cpp" for name in ("codec", "cpu", "policy", "summary")]
+    return [*sorted(folder.glob("monarch-attend*.cpp")), *(folder / name for name in names)]
+
+
+def _flags(source: Path, machine: str) -> list[str]:
+    """What monarch.cmake adds for this file on this machine."""
+    section = {"x86_64": r'x86_64\|.*?elseif', "aarch64": r'aarch64\|.*?endif'}[machine]
+    cmake = (paths.native_dir() / "monarch.cmake").read_text()
+    lines = re.search(section, cmake, re.DOTALL)[0]
+    found = re.search(rf'{source.name}\s+PROPERTIES COMPILE_OPTIONS "([^"]+)"', lines)
+    exact = ["-ffp-contract=off"] if source.stem in ("monarch-codec", "monarch-summary") else []
+    return exact + (found[1].split(";") if found else [])
+
+
+def build(compiler: str, machine: str, folder: Path) -> Path:
+    """For the oldest processor of its kind: only the kernels may use newer instructions."""
+    ggml = upstream_dir() / "ggml"
+    include = [f"-I{path}" for path in (paths.native_dir(), ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu")]
+
+    def compile_file(source: Path) -> Path:
+        out = folder / f"{source.stem}.o"
+        flags = ["-std=c++17", "-O2", *include, *_flags(source, machine)]
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_file, [Path(__file__).with_suffix(".cpp"), *_sources()]))
+    program = folder / "native_kernels"
+    subprocess.run([compiler, "-static", *map(str, objects), "-o", str(program)], check=True)
+    return program
+
+
+def run(command: list[str], kernel: str, cases: list[Case]) -> list[np.ndarray]:
+    """The attention of every case: [n_tokens, n_head, head_dim]."""
+    text = "\n".join(" ".join(str(int(value)) for value in case) for case in cases)
+    env = os.environ | {"MONARCH_KERNEL": kernel}
+    done = subprocess.run(command, input=text.encode(), capture_output=True, env=env, check=True)
+    shapes = [(case.n_tokens, N_HEAD_KV * case.n_gqa, case.head_dim) for case in cases]
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    values = np.frombuffer(done.stdout, np.float32)
+    assert len(values) == ends[-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]

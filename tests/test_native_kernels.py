@@ -1,0 +1,95 @@
+"""Every kernel against the plain path on the op alone: all head sizes, bits, page sizes; NEON under qemu."""
+
+import platform
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from logits import nmse
+from native_kernels import EXACT, PAGED, WINDOW, Case, build, run, upstream_dir
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+MACHINES = {"avx512": "x86_64", "avx2": "x86_64", "neon": "aarch64"}
+CROSS = "aarch64-linux-gnu-g++"
+QEMU = "qemu-aarch64"
+
+
+class Program(NamedTuple):
+    kernel: str
+    command: list[str]
+    is_emulated: bool
+
+
+@pytest.fixture(scope="module")
+def build_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    if not upstream_dir().is_dir():
+        pytest.fail(f"{upstream_dir()} is missing: run python -m monarch_llamacpp build --tools", pytrace=False)
+    return cache(lambda compiler, machine: build(compiler, machine, tmp_path_factory.mktemp(machine)))
+
+
+@pytest.fixture(params=MACHINES)
+def program(request: pytest.FixtureRequest, build_for: Callable[[str, str], Path]) -> Program:
+    kernel, machine = request.param, MACHINES[request.param]
+    if platform.machine() == machine:
+        return Program(kernel, [str(build_for("c++", machine))], False)
+    if machine != "aarch64":
+        pytest.skip(f"{kernel} is for {machine}, this machine is {platform.machine()}")
+    if missing := [tool for tool in (CROSS, QEMU) if not shutil.which(tool)]:
+        pytest.skip(f"the {kernel} kernel needs {' and '.join(missing)} on this machine")
+    return Program(kernel, [QEMU, "-cpu", "max", str(build_for(CROSS, machine))], True)
+
+
+def run_both(program: Program, cases: list[Case]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The kernel's results and the plain path's."""
+    got, want = (run(program.command, kernel, cases) for kernel in (program.kernel, "plain"))
+    if all((a == b).all() for a, b in zip(got, want, strict=True)):
+        assert not program.is_emulated, "the plain path served"
+        pytest.skip(f"this processor has no {program.kernel}: the plain path served")
+    return got, want
+
+
+@pytest.mark.parametrize("mode", [EXACT, PAGED])
+def test_kernel_equals_plain_path(program: Program, mode: int) -> None:
+    """paged with a budget for all pages: the order of attending differs, the result must not."""
+    cases = [
+        Case(head_dim, n_gqa, n_tokens, page_size, bits_k, bits_v, mode=mode, mask_f32=n_tokens > 1)
+        for head_dim in HEAD_DIMS
+        for bits_k, bits_v in [(4, 4), (3, 2), (2, 3)]
+        for n_gqa, n_tokens, page_size in [(5, 7, 16), (4, 5, 32)]
+    ]
+    got, want = run_both(program, cases)
+    truth = run(program.command, "plain", [case._replace(bits_k=16, bits_v=16) for case in cases])
+    for case, a, b, exact in zip(cases, got, want, truth, strict=True):
+        assert nmse(a, b) <= 0.02 * nmse(b, exact), case
+
+
+def test_hot_window_alone_is_f32(program: Program) -> None:
+    cases = [
+        Case(head_dim, n_gqa, n_tokens, mode=WINDOW, n_kv=n_kv, mask_f32=n_tokens > 1)
+        for head_dim in HEAD_DIMS
+        for n_gqa, n_tokens, n_kv in [(1, 1, 16), (3, 1, 31), (4, 9, 77)]
+    ]
+    got, want = run_both(program, cases)
+    for case, a, b in zip(cases, got, want, strict=True):
+        assert nmse(a, b) <= 1e-11, case
+
+
+@pytest.mark.parametrize("scorer", [0, 1])
+def test_scores_choose_the_same_pages(program: Program, scorer: int) -> None:
+    """With few pages promoted, the 8-bit scores choose nearly as the plain ones do."""
+    cases = [Case(head_dim, n_gqa=3, n_pages=37, n_promote=6, mode=PAGED, scorer=scorer) for head_dim in HEAD_DIMS]
+    got, want = run_both(program, cases)
+    none = run(program.command, "plain", [case._replace(mode=WINDOW) for case in cases])
+    for case, a, b, window in zip(cases, got, want, none, strict=True):
+        assert nmse(a, b) <= 0.1 * nmse(window, b), case
+
+
+def test_hot_window_of_another_type(program: Program) -> None:
+    cases = [Case(head_dim, mode=WINDOW, hot_bf16=1) for head_dim in HEAD_DIMS]
+    got, want = (run(program.command, kernel, cases) for kernel in (program.kernel, "plain"))
+    for case, a, b in zip(cases, got, want, strict=True):
+        assert nmse(a, b) <= 1e-11, case
