@@ -43,10 +43,11 @@ int32_t monarch_policy_select(
         float                            * rank,
         int32_t                          * chosen);
 
-// logs the step's promotions under its id; measured: [n_chosen]
+// logs a sequence's promotions of this step; measured: [n_chosen]
 void monarch_policy_write_log(
         const struct monarch_policy      * policy,
         struct monarch_head_state        * head,
+        int32_t                            seq,
         int64_t                            n_pages_max,
         int32_t                            n_pages,
         const struct monarch_table_entry * table,
