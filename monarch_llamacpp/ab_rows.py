@@ -1,0 +1,85 @@
+"""The rows of an A/B comparison: kept in a file while it runs, taken from there by --resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import MonarchError, UsageError
+
+Row = dict[str, Any]
+
+# what tells one row from another
+_KEY = ("row", "arm", "control", "flash_attn", "n_depth", "n_prompt", "n_gen", "metric", "way", "length", "depth")
+
+
+def check_output(flag: str, file: Path | None) -> None:
+    """Before the work, not after it."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{flag} {file}: give a file in a folder that exists and can be written to")
+
+
+def write_file(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_receipt(facts: object) -> str:
+    """Of all that a row depends on: a resumed comparison takes only rows of the same receipt."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class Rows:
+    """Written to the file, if there is one, whenever rows come in."""
+
+    def __init__(self, file: Path | None, earlier: Sequence[Row] = ()) -> None:
+        self._file = file
+        self._earlier = list(earlier)
+        self._rows: dict[tuple, Row] = {}
+
+    def put(self, rows: Iterable[Row]) -> None:
+        """A row replaces the one of the same key."""
+        self._rows |= {tuple(row.get(name) for name in _KEY): row for row in rows}
+        if self._file:
+            write_file(self._file, "".join(json.dumps(row) + "\n" for row in self.all()))
+
+    def take(self, kind: str, arm: str, receipt: str) -> list[Row]:
+        """Rows of an earlier run that still hold."""
+        wanted = [row for row in self._earlier if (row["row"], row.get("arm")) == (kind, arm)]
+        taken = [row for row in wanted if row.get("receipt") == receipt]
+        self.put(taken)
+        return taken
+
+    def drop(self, arm: str) -> None:
+        """An arm that is not what it should be leaves no figures."""
+        self._rows = {key: row for key, row in self._rows.items() if row.get("arm") != arm}
+
+    def all(self) -> list[Row]:
+        return list(self._rows.values())
+
+    def of(self, kind: str) -> list[Row]:
+        return [row for row in self._rows.values() if row["row"] == kind]
+
+
+def read_rows(file: Path) -> list[Row]:
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise MonarchError(f"{file} cannot be continued ({error}): remove it") from None
+    if not all(isinstance(row, dict) and "row" in row for row in rows):
+        raise MonarchError(f"{file} is not an A/B comparison: give another file")
+    return rows
