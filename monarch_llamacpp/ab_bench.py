@@ -26,7 +26,7 @@ def run_bench(lab: Lab) -> None:
     jobs = [(arm, flash_attn) for arm in lab.arms for flash_attn in arm.flash_attn]
     receipts, rows = {}, {}
     for arm in lab.arms:
-        taken, receipts[arm.name] = lab.take("speed", arm)
+        taken, receipts[arm.name] = lab.take("speed", arm, lambda row: _test(row) in _tests(lab.settings))
         rows |= {_key(row): row for row in taken}
     left = Counter({job: lab.settings.reps - _n_done(job, lab.settings, rows) for job in jobs})
     part = lab.part("speed", sum(n + 1 for n in left.values() if n > 0))
@@ -34,7 +34,7 @@ def run_bench(lab: Lab) -> None:
         for arm, flash_attn in (job for job in jobs if left[job] > 0 and left[job] >= round):
             if arm in lab.arms:
                 part.next(f"{TOOL}, {arm.name}, -fa {flash_attn}")
-                with lab.attempt(arm.name, "speed"):
+                with lab.attempt(arm, "speed"):
                     new = _run_once(arm, flash_attn, lab.settings)
                     if round > 0:
                         _add(rows, new, receipts[arm.name], lab)
@@ -47,12 +47,20 @@ def _add(rows: dict[Key, Row], new: Sequence[Row], receipt: str, lab: Lab) -> No
 
 
 def _key(row: Row) -> Key:
-    return row["arm"], int(row["flash_attn"]), row["n_depth"], row["n_prompt"], row["n_gen"]
+    return row["arm"], int(row["flash_attn"]), *_test(row)
+
+
+def _test(row: Row) -> tuple[int, int, int]:
+    return row["n_depth"], row["n_prompt"], row["n_gen"]
+
+
+def _tests(settings: Settings) -> list[tuple[int, int, int]]:
+    kinds = [(settings.n_prompt, 0)] * (settings.n_prompt > 0) + [(0, settings.n_gen)]
+    return [(depth, *kind) for depth in settings.depths for kind in kinds]
 
 
 def _n_done(job: Job, settings: Settings, rows: dict[Key, Row]) -> int:
-    tests = [(settings.n_prompt, 0)] * (settings.n_prompt > 0) + [(0, settings.n_gen)]
-    keys = ((job[0].name, job[1], depth, *test) for depth in settings.depths for test in tests)
+    keys = ((job[0].name, job[1], *test) for test in _tests(settings))
     return min(len(rows[key]["samples_ts"]) if key in rows else 0 for key in keys)
 
 

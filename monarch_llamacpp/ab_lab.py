@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .ab_arms import Arm
@@ -30,21 +30,22 @@ class Lab:
     def part(self, name: str, total: int) -> PartProgress:
         return PartProgress(name, total, self.progress)
 
-    def take(self, kind: str, arm: Arm, **facts: object) -> tuple[list[Row], str]:
+    def take(
+        self, kind: str, arm: Arm, asked: Callable[[Row], bool] = lambda row: True, **facts: object
+    ) -> tuple[list[Row], str]:
         """What an earlier run left of this arm, and the receipt for new rows."""
         receipt = arm_receipt(arm, self.settings, **facts)
-        return self.rows.take(kind, arm.name, receipt), receipt
+        return self.rows.take(kind, arm.name, receipt, asked), receipt
 
     @contextmanager
-    def attempt(self, name: str, part: str) -> Iterator[None]:
+    def attempt(self, arm: Arm, part: str) -> Iterator[None]:
         """A failing arm takes no further part; the others go on."""
         try:
             yield
         except MonarchError as error:
-            self.fail(name, part, str(error))
+            self._failed.add(arm.name)
+            self.report_failure(arm.name, part, str(error))
 
-    def fail(self, name: str, part: str, reason: str) -> None:
-        self._failed.add(name)
-        self.rows.drop(name)
+    def report_failure(self, name: str, part: str, reason: str) -> None:
         self.rows.put([{"row": "failure", "arm": name, "part": part, "reason": reason}])
         self.progress.step(f"failed: {reason}")

@@ -27,26 +27,22 @@ _N_POINTS = 64  # of the timeline
 
 def run_probes(lab: Lab) -> None:
     """Memory, latency and paging at the greatest depth."""
-    part = lab.part("memory", len(lab.arms))
-    for arm in lab.arms:
-        with lab.attempt(arm.name, "memory"):
-            _run_probe(lab, arm, part.next)
-
-
-def _run_probe(lab: Lab, arm: Arm, start: object) -> None:
     facts = {"n_tokens": lab.settings.probe_tokens, "n_gen": lab.settings.n_gen}
-    taken, receipt = lab.take("memory", arm, **facts)
-    start(f"{arm.name}{', already done' if taken else ''}")
-    if not taken:
-        options = ["--tokens", facts["n_tokens"], "--generate", facts["n_gen"]]
-        flash_attn = arm.flash_attn[-1] if arm.type_kv != "f16" else 0
-        report = run_child(arm, __name__, [lab.settings.model, *options], flash_attn, lab.settings.n_threads)
-        check_activity(arm, report["stats"])
-        lab.rows.put([_row(arm, report) | {"receipt": receipt}])
+    jobs = [(arm, receipt) for arm in lab.arms for taken, receipt in [lab.take("memory", arm, **facts)] if not taken]
+    part = lab.part("memory", len(jobs))
+    for arm, receipt in jobs:
+        part.next(arm.name)
+        with lab.attempt(arm, "memory"):
+            options = ["--tokens", facts["n_tokens"], "--generate", facts["n_gen"]]
+            model, n_threads = lab.settings.model, lab.settings.n_threads
+            report = run_child(arm, __name__, [model, *options], arm.flash_attn[0], n_threads)
+            check_activity(arm, report["stats"])
+            lab.rows.put([_row(arm, report) | {"receipt": receipt}])
 
 
 def _row(arm: Arm, report: Report) -> Row:
-    return {"row": "memory", "arm": arm.name, "knobs": dict(arm.knobs) if arm.knobs else None, **report}
+    held = {"type_kv": arm.type_kv, "flash_attn": arm.flash_attn[0], "knobs": dict(arm.knobs) if arm.knobs else None}
+    return {"row": "memory", "arm": arm.name, **held, **report}
 
 
 # in the child
@@ -55,7 +51,7 @@ def _row(arm: Arm, report: Report) -> Row:
 def _measure(args: argparse.Namespace) -> Report:
     llm = open_model(args, args.tokens + args.generate + 1, N_UBATCH)
     tokens = _random_tokens(llm, args.tokens)
-    timeline: list[list[int]] = []
+    timeline = [_point(llm)]
     start = time.perf_counter()
     for i in range(0, len(tokens), N_UBATCH):
         llm.eval(tokens[i : i + N_UBATCH])
@@ -82,13 +78,13 @@ def _decode(llm: llama_cpp.Llama, n: int, timeline: list[list[int]]) -> list[flo
 
 
 def _point(llm: llama_cpp.Llama) -> list[int]:
-    """Tokens held, hot, promoted and sticky (a mean over layers and KV heads), cold."""
+    """Tokens held, hot, promoted and sticky (a mean over layers and KV heads), cold; bytes."""
     stats = read_stats(llm)
     if stats is None:
-        return [llm.n_tokens, llm.n_tokens, 0, 0, 0]
+        return [llm.n_tokens, llm.n_tokens, 0, 0, 0, kv_bytes(llm, None)]
     n_places, page = max(1, stats["n_layer"] * stats["n_head_kv"]), llm.knobs().page_size
     promoted, sticky = (round(stats[name] * page / n_places) for name in ("n_promoted", "n_sticky"))
-    return [llm.n_tokens, stats["n_hot"], promoted, sticky, stats["n_cold"]]
+    return [llm.n_tokens, stats["n_hot"], promoted, sticky, stats["n_cold"], stats["kv_bytes"]]
 
 
 def _peak_rss() -> int:

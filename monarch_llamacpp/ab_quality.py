@@ -29,12 +29,12 @@ def run_quality(lab: Lab) -> None:
                 part.next("reference")
                 reference = _run(lab, stock_arm(), 0, folder, is_reference=True)
         except MonarchError as error:
-            lab.fail(STOCK, "quality", f"quality needs stock as the reference: {error}")
+            lab.report_failure(STOCK, "quality", f"quality needs stock as the reference: {error}")
             return
         for arm, flash_attn, receipt in jobs:
             part.next("stock again, as a control" if (arm.name, flash_attn) == (STOCK, 0) else arm.name)
             if arm.name == STOCK or arm in lab.arms:
-                with lab.attempt(arm.name, "quality"):
+                with lab.attempt(arm, "quality"):
                     report = _run(lab, arm, flash_attn, folder)
                     lab.rows.put(_rows(arm, flash_attn, report, reference, plan, receipt))
 

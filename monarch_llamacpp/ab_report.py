@@ -34,9 +34,9 @@ def print_report(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _make_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name, justify="left" if name == "arm" else "right")
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     return table
 
 
@@ -70,9 +70,9 @@ def _ratio_cell(ratio: float | None) -> str:
 
 def _memory_table(memory: Sequence[Row]) -> Table:
     title = f"Cache and latency after {memory[0]['n_tokens']} tokens"
-    table = _make_table(title, "arm", "KV cache", "hot", "cold", "promoted", "peak MiB", "first s", "ms/token", "p99")
+    table = _make_table(title, "arm", "KV MiB", "hot", "cold", "promoted", "peak MiB", "first s", "ms", "p99")
     for row in memory:
-        sizes = f"{row['kv_bytes'] / MIB:.2f} MiB", *_page_cells(row), f"{row['peak_rss_bytes'] / MIB:.0f}"
+        sizes = f"{row['kv_bytes'] / MIB:.2f}", *_page_cells(row), f"{row['peak_rss_bytes'] / MIB:.0f}"
         times = statistics.median(row["token_ms"]), percentile(row["token_ms"], 99)
         table.add_row(row["arm"], *sizes, f"{row['first_token_s']:.2f}", *(f"{time:.2f}" for time in times))
     return table
@@ -91,7 +91,7 @@ def _page_cells(row: Row) -> tuple[str, str, str]:
 
 def _quality_table(quality: Quality) -> Table:
     title = "Quality against stock f16, one token at a time (KL: and through a prompt)"
-    columns = "perplexity", "KL", "KL, prompt", "top", "found", "BLEU", "same", "read", "B/token"
+    columns = "perplexity", "KL", "prompt", "top", "found", "BLEU", "same", "read", "B/token"
     table = _make_table(title, "arm", *columns)
     if quality.control:
         table.add_row("control", *_text_cells(quality.control_value), *("-",) * 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,12 @@ class Rows:
         if self._file:
             write_file(self._file, "".join(json.dumps(row) + "\n" for row in self.all()))
 
-    def take(self, kind: str, arm: str, receipt: str) -> list[Row]:
-        """Rows of an earlier run that still hold."""
-        wanted = [row for row in self._earlier if (row["row"], row.get("arm")) == (kind, arm)]
-        taken = [row for row in wanted if row.get("receipt") == receipt]
+    def take(self, kind: str, arm: str, receipt: str, asked: Callable[[Row], bool]) -> list[Row]:
+        """Rows of an earlier run that still hold and are asked for."""
+        found = [row for row in self._earlier if (row["row"], row.get("arm")) == (kind, arm)]
+        taken = [row for row in found if row.get("receipt") == receipt and asked(row)]
         self.put(taken)
         return taken
-
-    def drop(self, arm: str) -> None:
-        """An arm that is not what it should be leaves no figures."""
-        self._rows = {key: row for key, row in self._rows.items() if row.get("arm") != arm}
 
     def all(self) -> list[Row]:
         return list(self._rows.values())

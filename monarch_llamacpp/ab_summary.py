@@ -134,16 +134,15 @@ def _quality_facts(rows: Sequence[Row], arm: str) -> list[tuple[str, bool]]:
 
 
 def _beaten_facts(quality: Quality, arm: str) -> list[tuple[str, bool]]:
-    """KV types of stock that are nearer to f16 in no more bytes."""
+    """KV types of stock that are nearer to f16."""
     ours = quality.row(arm, "kl_mean", "decode")
-    facts = []
-    for name in (name for name in quality.arms if ours and name.startswith(f"{STOCK}-")):
-        theirs = quality.row(name, "kl_mean", "decode")
-        if theirs and theirs["value"] < ours["value"]:
-            bytes_ratio = theirs["bytes_per_token"] / ours["bytes_per_token"]
-            facts.append((f"KL divergence {ours['value']:.2g} against {theirs['value']:.2g} of {name} "
-                          f"in {bytes_ratio:.2f}x the bytes", True))
-    return facts
+    theirs = ((name, quality.row(name, "kl_mean", "decode")) for name in quality.arms if name.startswith(f"{STOCK}-"))
+    nearer = [(name, row) for name, row in theirs if ours and row and row["value"] < ours["value"]]
+    if not nearer:
+        return []
+    each = (f"{name} {row['value']:.1g} in {row['bytes_per_token'] / ours['bytes_per_token']:.2f}x the bytes"
+            for name, row in nearer)  # fmt: skip
+    return [(f"KL divergence {ours['value']:.1g} (" + "; ".join(each) + ")", True)]
 
 
 def speed(row: Row) -> float:
