@@ -90,8 +90,8 @@ def _page_cells(row: Row) -> tuple[str, str, str]:
 
 
 def _quality_table(quality: Quality) -> Table:
-    title = "Quality against stock f16, one token at a time (KL: and through a prompt)"
-    columns = "perplexity", "KL", "prompt", "top", "found", "BLEU", "same", "read", "B/token"
+    title = "Quality against stock f16, one token at a time, KL through a prompt too; bytes per token"
+    columns = "ppl", "KL", "prompt", "top", "found", "BLEU", "same", "read", "bytes"
     table = _make_table(title, "arm", *columns)
     if quality.control:
         table.add_row("control", *_text_cells(quality.control_value), *("-",) * 5)
