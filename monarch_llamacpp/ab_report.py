@@ -72,9 +72,9 @@ def _memory_table(memory: Sequence[Row]) -> Table:
     title = f"Cache and latency after {memory[0]['n_tokens']} tokens"
     table = _make_table(title, "arm", "KV MiB", "hot", "cold", "promoted", "peak MiB", "first s", "ms", "p99")
     for row in memory:
-        sizes = f"{row['kv_bytes'] / MIB:.2f}", *_page_cells(row), f"{row['peak_rss_bytes'] / MIB:.0f}"
+        sizes = f"{row['kv_bytes'] / MIB:.4g}", *_page_cells(row), f"{row['peak_rss_bytes'] / MIB:.0f}"
         times = statistics.median(row["token_ms"]), percentile(row["token_ms"], 99)
-        table.add_row(row["arm"], *sizes, f"{row['first_token_s']:.2f}", *(f"{time:.2f}" for time in times))
+        table.add_row(row["arm"], *sizes, f"{row['first_token_s']:.3g}", *(f"{time:.3g}" for time in times))
     return table
 
 
@@ -90,7 +90,7 @@ def _page_cells(row: Row) -> tuple[str, str, str]:
 
 
 def _quality_table(quality: Quality) -> Table:
-    title = "Quality against stock f16, one token at a time, KL through a prompt too; bytes per token"
+    title = "Quality against stock f16, token by token; prompt: KL through a prompt"
     columns = "ppl", "KL", "prompt", "top", "found", "BLEU", "same", "read", "bytes"
     table = _make_table(title, "arm", *columns)
     if quality.control:
@@ -111,7 +111,9 @@ def _text_cells(value: Callable[[str, str], float | None]) -> tuple[str, ...]:
 def short(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3g}" if value >= 0.1 else "0" if value < 1e-7 else f"{value:.0e}"
+    if value >= 0.1:
+        return f"{value:.3g}"
+    return "0" if value < 1e-7 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
 
 
 def _stock_notes(speeds: Speeds) -> list[str]:

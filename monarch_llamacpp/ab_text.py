@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 
 from . import recall, recall_text
 from .errors import MonarchError
@@ -111,14 +110,11 @@ def _story(n_tokens: int) -> Iterator[str]:
 
 
 def _recall_dialogue(n_tokens: int) -> list[int]:
-    """A haystack, then its questions with their answers."""
+    """A haystack, then its questions with their answers: all else is beyond the model, before and after."""
     n_needles = max(1, min(10, n_tokens // 128))
-    haystack = recall_text.make_haystack(n_tokens - n_needles * ROOM // 2, n_needles)
-    tokens = list(haystack.tokens)
-    for needle in haystack.needles:
-        tokens += needle.question_tokens() + needle.answer_tokens()
-    rest = iter(recall_text.make_haystack(n_tokens, 1, seed=1).tokens[1:])
-    return (tokens + list(islice(rest, max(0, n_tokens - len(tokens)))))[:n_tokens]
+    needles = recall_text.make_haystack(n_tokens, n_needles).needles  # the seed alone decides what they say
+    asked = [token for needle in needles for token in needle.question_tokens() + needle.answer_tokens()]
+    return recall_text.make_haystack(n_tokens - len(asked), n_needles).tokens + asked
 
 
 def make_haystacks(

@@ -1,7 +1,7 @@
 """Copies of the patched build with something broken in its machine code, in a cache folder of their own.
 
-A library is changed in the copy's file, where the product needs no switch for it: a function returns at once, or a table
-holds other numbers.
+A library is changed in the copy's file, so that the product needs no switch for it: a function returns at once, or a
+table holds other numbers.
 """
 
 import platform
