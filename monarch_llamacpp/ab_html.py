@@ -15,6 +15,8 @@ from .ab_svg import number
 
 _COLORS = ("#222222", "#8c8c8c", "#b8860b", "#7a5230", "#5b8db8", "#d1495b", "#1b7f3b", "#6a3fb5", "#e07b00", "#0097a7")
 
+_HELD = {"attended": "share read", "bytes_per_token": "bytes/token", "bytes_per_further_token": "further"}
+
 _STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 12px;
        max-width: 1000px }
@@ -81,7 +83,10 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
             metrics = ["perplexity", "kl_mean", "kl_median", "kl_p99", "kl_max", "same_top"]
             control = ["stock again (control)", *(_cell(quality.control_value(metric, way)) for metric in metrics)]
             cells = [[arm, *(_cell(quality.value(arm, metric, way)) for metric in metrics)] for arm in quality.arms]
-            yield _table(["arm", *metrics], [control, *cells] if quality.control else cells)
+            held = [[number(quality.row(arm, "kl_mean", way)[name]) for name in _HELD] for arm in quality.arms]
+            cells = [cell + more for cell, more in zip(cells, held, strict=True)]
+            control += ["-"] * len(_HELD)
+            yield _table(["arm", *metrics, *_HELD.values()], [control, *cells] if quality.control else cells)
 
 
 def _speed_cell(speeds: Speeds, arm: str, test: tuple[int, int, int]) -> str:

@@ -43,7 +43,8 @@ def _measure(args: argparse.Namespace) -> Report:
     text = ab_text.make_text(tokenize, llm.token_bos(), name, n_tokens, given)
     lengths = [n for n in args.lengths if n <= trained] or [trained]
     haystacks = ab_text.make_haystacks(tokenize, llm.token_bos(), name, lengths, args.haystacks, given)
-    n_scored = max(1, min(n_tokens // 2, MOST_LOGITS // llm.n_vocab()))
+    # the tokens that llama-perplexity scores of a chunk, unless that is too many
+    n_scored = max(1, min(n_tokens // 2 - 1, MOST_LOGITS // llm.n_vocab()))
     decode = {"n_scored": n_scored, "n_decode": min(args.decode_tokens, n_scored), "n_ubatch": N_UBATCH}
     model = {"n_ctx_train": trained, "n_vocab": llm.n_vocab(), "name": name}
     return model | decode | {"text": text, "haystacks": ab_text.describe(haystacks)}

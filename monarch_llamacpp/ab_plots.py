@@ -62,11 +62,13 @@ def _quality_figures(quality: Quality, color: Color) -> Iterator[Figure]:
     points = {}
     for arm in quality.arms:
         if row := quality.row(arm, "kl_mean", "decode"):
-            points[arm] = row["bytes_per_token"], max(row["value"], _LEAST_KL)
+            points[arm] = row["bytes_per_further_token"], max(row["value"], _LEAST_KL)
     if points:
         xs, ys = zip(*points.values(), strict=True)
-        svg = point_chart(linear_axis("bytes per token held", xs), log_axis("mean KL divergence", ys), points, color)
-        note = f"Down and to the left is better. One token at a time. Drawn at {_LEAST_KL:.0e}: that or less."
+        axes = linear_axis("bytes for each further token", xs), log_axis("mean KL divergence", ys)
+        svg = point_chart(*axes, points, color)
+        note = "Down and to the left is better. One token at a time. The hot window, of a fixed size, is not counted; "
+        note += f"the table counts it. Drawn at {_LEAST_KL:.0e}: that or less."
         yield Figure("frontier", "Quality against memory", svg, note=note)
     if cells := {arm: quality.needles(arm) for arm in quality.arms if quality.needles(arm)}:
         yield _recall_figure(cells)

@@ -176,6 +176,15 @@ def _attended(llm: Any, stats: Report | None) -> float:
     return min(1.0, (stats["n_hot"] + stats["n_promoted"] * llm.knobs().page_size / n_places) / stats["n_tokens"])
 
 
+def _sizes(llm: Any, stats: Report | None, n_tokens: int) -> dict[str, float]:
+    """Bytes for each token held, and for each further one: of a cold token, the hot window's do not change."""
+    held = kv_bytes(llm, stats) / n_tokens
+    if stats is None or stats["n_cold"] == 0:
+        return {"bytes_per_token": held, "bytes_per_further_token": held}
+    further = (stats["cold_bytes"] + stats["summary_bytes"]) / stats["n_cold"]
+    return {"bytes_per_token": held, "bytes_per_further_token": further}
+
+
 def _measure(args: argparse.Namespace) -> Report:
     plan = json.loads(args.plan.read_text(encoding="utf-8"))
     longest = max([len(plan["text"]) + plan["n_continue"], *(len(h["tokens"]) + ROOM for h in plan["haystacks"])])
@@ -189,7 +198,7 @@ def _measure(args: argparse.Namespace) -> Report:
     for way in WAYS:
         report[way] = _compare(runner, way, plan, args)
         stats = report["stats"][way] = read_stats(llm)
-        report[way] |= {"attended": _attended(llm, stats), "bytes_per_token": kv_bytes(llm, stats) / runner.pos}
+        report[way] |= {"attended": _attended(llm, stats), **_sizes(llm, stats, runner.pos)}
     report["found"] = [_ask(runner, haystack, detokenize) for haystack in plan["haystacks"]]
     report["stats"]["needles"] = read_stats(llm)
     report["written"] = []

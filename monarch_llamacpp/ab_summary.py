@@ -13,6 +13,8 @@ MARGIN = 0.05
 RECALL_MARGIN = 0.02
 PERPLEXITY_MARGIN = 0.003
 
+_BYTES = "bytes_per_further_token"
+
 Test = tuple[int, int, int]  # depth, prompt tokens, generated tokens
 
 
@@ -140,7 +142,7 @@ def _beaten_facts(quality: Quality, arm: str) -> list[tuple[str, bool]]:
     nearer = [(name, row) for name, row in theirs if ours and row and row["value"] < ours["value"]]
     if not nearer:
         return []
-    each = (f"{name} {row['value']:.1g} in {row['bytes_per_token'] / ours['bytes_per_token']:.2f}x the bytes"
+    each = (f"{name} {row['value']:.1g} in {row[_BYTES] / ours[_BYTES]:.2f}x the bytes"
             for name, row in nearer)  # fmt: skip
     return [(f"KL divergence {ours['value']:.1g} (" + "; ".join(each) + ")", True)]
 

@@ -1,12 +1,15 @@
 """The A/B comparison: its parts without a build, then the whole of it on small models."""
 
 import json
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from child import TESTS
 from rich.console import Console
 
 import models as random_models
-from monarch_llamacpp import ab, ab_bench, ab_text
+from monarch_llamacpp import ab, ab_bench, ab_text, recall_text
 from monarch_llamacpp.ab_arms import ARMS, Arm, make_arms
 from monarch_llamacpp.ab_bench import merge_rows
 from monarch_llamacpp.ab_child import check_activity
@@ -46,7 +49,8 @@ def quality_rows(arm: str, kl: float = 0.0123, control: bool = False) -> list[di
     head = {"row": "quality", "arm": arm, "flash_attn": int(arm == "stock" and not control), "control": control}
     head |= {"knobs": None if arm.startswith("stock") else dict(Knobs(mode="paged"))}
     metrics = {"perplexity": 12.345, "kl_mean": kl, "kl_median": kl, "kl_p99": kl, "kl_max": kl, "same_top": 0.987}
-    rows = [{"metric": metric, "value": value, "way": way, "attended": 0.126, "bytes_per_token": 12345.6}
+    rows = [{"metric": metric, "value": value, "way": way, "attended": 0.126, "bytes_per_token": 12345.6,
+             "bytes_per_further_token": 3456.7}
             for metric, value in metrics.items() for way in ("prefill", "decode")]  # fmt: skip
     rows += [{"metric": "needle_recall", "length": 1024, "depth": 0.5, "value": 0.9, "n_found": 9, "n_needles": 10}]
     rows += [{"metric": "bleu", "value": 66.6}, {"metric": "exact_match", "value": 0.5}]
@@ -387,6 +391,21 @@ def test_what_is_done_is_kept_when_it_is_stopped(stock_bin, patched_bin, recall_
     assert process.returncode == 130
     assert "Speed, tokens per second" in output
     assert {"memory", "quality", "speed"} < {row["row"] for row in read(file)}
+
+
+def test_perplexity_of_stock_is_that_of_upstream_s_tool(stock_bin, patched_bin, tmp_path):
+    """llama-perplexity's first chunk, by hand."""
+    model = TESTS.parent / "models" / "monarch-small.gguf"
+    text, file = tmp_path / "text.txt", tmp_path / "rows.json"
+    text.write_text("".join(islice(recall_text.make_sentences(random.Random(1)), 200)))
+    args = ["--arms", "stock", "--parts", "quality", "--text", text, "--text-tokens", 512, "--json", file]
+    assert run_ab(model, *args, "--decode-tokens", 32, "--lengths", 256, "--threads", 1).returncode == 0
+    (ours,) = (row["value"] for row in read(file)
+               if row.get("control") and (row["metric"], row.get("way")) == ("perplexity", "prefill"))  # fmt: skip
+    command = [stock_bin / "llama-perplexity", "-m", model, "-f", text, "-c", "512", "--chunks", "1", "-fa", "off"]
+    theirs = subprocess.run([*command, "-t", "1"], capture_output=True, text=True, check=True)
+    (found,) = re.findall(r"\[1\](\d+\.\d+)", theirs.stdout + theirs.stderr)
+    assert ours == pytest.approx(float(found), abs=6e-5)  # four digits are printed
 
 
 def test_the_page_has_its_pictures(compared):
