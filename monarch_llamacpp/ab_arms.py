@@ -69,6 +69,8 @@ def make_arms(names: str, given: Sequence[str], knobs: Knobs) -> list[Arm]:
         if name in extra:
             raise UsageError(f"--arm {text}: there is an arm {name} already")
         extra[name] = changed
+    if not chosen and not extra:
+        raise UsageError("no arm to compare: name some with --arms or --arm")
     arms = [make_arm(name, knobs) for name in chosen]
     return arms + [Arm(name, library.patched_dir(), changed) for name, changed in extra.items()]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .ab_rows import Row
 from .ab_summary import Quality, Speeds, speed, unique
-from .ab_svg import area_chart, heat_map, line_chart, linear_axis, log_axis, point_chart
+from .ab_svg import Axis, area_chart, heat_map, line_chart, linear_axis, log_axis, point_chart
 from .chat_view import MIB
 
 Color = Callable[[str], str]
@@ -70,8 +70,21 @@ def _quality_figures(quality: Quality, color: Color) -> Iterator[Figure]:
         note = "Down and to the left is better. One token at a time. The hot window, of a fixed size, is not counted; "
         note += f"the table counts it. Drawn at {_LEAST_KL:.0e}: that or less."
         yield Figure("frontier", "Quality against memory", svg, note=note)
+    traces = {arm: row["promoted_sticky"] for arm in quality.arms if (row := quality.row(arm, "cold_attention"))}
+    yield from (_mass_figure(arm, trace) for arm, trace in traces.items() if any(map(sum, trace)))
     if cells := {arm: quality.needles(arm) for arm in quality.arms if quality.needles(arm)}:
         yield _recall_figure(cells)
+
+
+def _mass_figure(arm: str, trace: Sequence[tuple[float, float]]) -> Figure:
+    layers = {"hot": [1 - sum(each) for each in trace], "sticky": [sticky for _, sticky in trace]}
+    layers["promoted"] = [promoted for promoted, _ in trace]
+    xs = list(range(1, len(trace) + 1))
+    axes = linear_axis("token written", xs), Axis("share of attention", 0.0, 1.0)
+    svg = area_chart(*axes, xs, layers, lambda name: _LAYERS[name])
+    colors = {name: _LAYERS[name] for name in layers}
+    note = "A mean over layers and heads, on the text of the quality rows."
+    return Figure(f"mass-{arm}", f"Where attention goes: {arm}", svg, note=note, colors=colors)
 
 
 def _recall_figure(needles: Mapping[str, Mapping[tuple[int, float], Row]]) -> Figure:

@@ -97,4 +97,8 @@ def _continuation_rows(report: Report, reference: Report, plan: Report) -> list[
     held = {"n_continuations": len(pairs), "n_tokens": plan["n_continue"]}
     bleu = sacrebleu.corpus_bleu(report["texts"], [reference["texts"]]).score
     exact = sum(ours == theirs for ours, theirs in pairs) / len(pairs)
-    return [{"metric": "bleu", "value": bleu, **held}, {"metric": "exact_match", "value": exact, **held}]
+    rows = [{"metric": "bleu", "value": bleu, **held}, {"metric": "exact_match", "value": exact, **held}]
+    if mass := report["mass"]:
+        mean = sum(map(sum, mass)) / len(mass)
+        rows.append({"metric": "cold_attention", "value": mean, "promoted_sticky": mass, **held})
+    return rows

@@ -24,6 +24,8 @@ from .errors import MonarchError
 if TYPE_CHECKING:
     import llama_cpp
 
+    from .shim import Event
+
 WAYS = ("prefill", "decode")
 
 
@@ -78,13 +80,39 @@ class Runner:
         data = ctypes.cast(api.llama_get_logits(self._ctx), ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(data, shape=(n_scored, self._n_vocab)).copy()
 
-    def write(self, logits: np.ndarray, n: int) -> list[int]:
+    def write(self, logits: np.ndarray, n: int, after: Callable[[], None] = lambda: None) -> list[int]:
         """n tokens, greedily, after those logits."""
         written = []
         for _ in range(n):
             written.append(int(logits.argmax()))
             logits = self.step(written[-1:])[-1]
+            after()
         return written
+
+
+class MassTrace:
+    """Share of attention that went to promoted and to sticky pages, token by token: a mean over layers and heads."""
+
+    def __init__(self, llm: Any) -> None:
+        self.tokens: list[list[float]] = []
+        self._sticky: set[tuple[int, int, int]] = set()
+        self._mass = [0.0, 0.0]
+        stats = read_stats(llm)
+        self._n_places = max(1, stats["n_layer"] * stats["n_head_kv"]) if stats else 0
+        if stats:
+            llm.set_hooks(on_promote=self._add, on_sticky=lambda event: self._sticky.add(_place(event)))
+
+    def _add(self, event: Event) -> None:
+        self._mass[_place(event) in self._sticky] += event.measured
+
+    def end_token(self) -> None:
+        if self._n_places:
+            self.tokens.append([round(mass / self._n_places, 5) for mass in self._mass])
+            self._mass = [0.0, 0.0]
+
+
+def _place(event: Event) -> tuple[int, int, int]:
+    return event.layer, event.head_kv, event.first_pos
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -204,7 +232,10 @@ def _measure(args: argparse.Namespace) -> Report:
     report["written"] = []
     for cut in plan["cuts"]:
         runner.clear()
-        report["written"].append(runner.write(_exhaust(runner.read(plan["text"][:cut])), plan["n_continue"]))
+        logits = _exhaust(runner.read(plan["text"][:cut]))
+        trace = MassTrace(llm)
+        report["written"].append(runner.write(logits, plan["n_continue"], trace.end_token))
+    report["mass"] = trace.tokens
     report["texts"] = [detokenize(tokens) for tokens in report["written"]]
     return report
 

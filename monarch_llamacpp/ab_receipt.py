@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
-from . import builder_cmake, builder_recipe, builder_stamp, info, paths, pin
+from . import __version__, builder_cmake, builder_recipe, builder_stamp, info, paths, pin
 from .ab_arms import Arm
 from .ab_rows import Row, make_receipt
 from .ab_settings import Settings
@@ -43,7 +43,7 @@ def describe_arm(arm: Arm) -> Row:
 def arm_receipt(arm: Arm, settings: Settings, **facts: object) -> str:
     """facts: what else the rows of this kind depend on."""
     common = {"model": sha256(settings.model), "arm": describe_arm(arm), "n_threads": settings.n_threads}
-    return make_receipt(common | {"machine": machine()} | facts)
+    return make_receipt(common | {"machine": machine(), "package": __version__} | facts)
 
 
 @lru_cache(maxsize=4)

@@ -27,7 +27,7 @@ def print_report(console: Console, rows: Sequence[Row]) -> None:
         console.print(_memory_table(by_kind["memory"]))
     if by_kind["quality"]:
         console.print(_quality_table(Quality(by_kind["quality"])))
-    notes = [*_stock_notes(speeds), *_noise_notes(by_kind["speed"]), *_nothing_cold_notes(by_kind["memory"])]
+    notes = [*_stock_notes(speeds), *_noise_notes(by_kind["speed"]), *_nothing_cold_notes(rows)]
     for line in [*notes, *(f"failed: {row['reason']}" for row in by_kind["failure"])]:
         console.print(line, highlight=False, markup=False)
     console.print(verdict(rows), highlight=False, markup=False)
@@ -122,11 +122,13 @@ def _stock_notes(speeds: Speeds) -> list[str]:
     return ["below 1.00x is slower than stock, which ran at its best: " + ", ".join(faster)] if faster else []
 
 
-def _nothing_cold_notes(memory: Sequence[Row]) -> list[str]:
-    paged = [row["stats"] for row in memory if row["stats"]]
-    if not paged or any(stats["n_cold"] for stats in paged):
-        return []
-    return ["nothing was paged: every token fits in the hot window; compare at a greater depth"]
+def _nothing_cold_notes(rows: Sequence[Row]) -> list[str]:
+    notes = []
+    for kind, remedy in (("memory", "compare at a greater depth"), ("quality", "ask for more --text-tokens")):
+        paged = [row["stats"] for row in rows if row["row"] == kind and row.get("stats")]
+        if paged and not any(stats["n_cold"] for stats in paged):
+            notes.append(f"{kind}: nothing was paged, every token fits in the hot window: {remedy}")
+    return notes
 
 
 def _noise_notes(rows: Sequence[Row]) -> list[str]:

@@ -277,6 +277,8 @@ def recall_model(tmp_path_factory) -> Path:
     return path
 
 
+SHIPPED = TESTS.parent / "models" / "monarch-small.gguf"
+
 SMALL = ["--threads", 1, "--reps", 1, "-n", 2, "-p", 64, "--hot-window", 64, "--promote-tokens", 256]
 SMALL += ["--dense-layers", 0, "--text-tokens", 640, "--decode-tokens", 48, "--lengths", 1024]
 
@@ -393,19 +395,34 @@ def test_what_is_done_is_kept_when_it_is_stopped(stock_bin, patched_bin, recall_
     assert {"memory", "quality", "speed"} < {row["row"] for row in read(file)}
 
 
-def test_perplexity_of_stock_is_that_of_upstream_s_tool(stock_bin, patched_bin, tmp_path):
+@pytest.fixture(scope="module")
+def shipped(stock_bin, patched_bin, tmp_path_factory) -> Path:
+    """Quality of the model that ships: a folder with text.txt, rows.json and page.html."""
+    folder = tmp_path_factory.mktemp("shipped")
+    (folder / "text.txt").write_text("".join(islice(recall_text.make_sentences(random.Random(1)), 200)))
+    args = ["--text", folder / "text.txt", "--json", folder / "rows.json", "--html", folder / "page.html"]
+    args += ["--arms", "stock,paged", "--parts", "quality", *SMALL, "--text-tokens", 512, "--lengths", 256]
+    result = run_ab(SHIPPED, *args)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_perplexity_of_stock_is_that_of_upstream_s_tool(shipped, stock_bin):
     """llama-perplexity's first chunk, by hand."""
-    model = TESTS.parent / "models" / "monarch-small.gguf"
-    text, file = tmp_path / "text.txt", tmp_path / "rows.json"
-    text.write_text("".join(islice(recall_text.make_sentences(random.Random(1)), 200)))
-    args = ["--arms", "stock", "--parts", "quality", "--text", text, "--text-tokens", 512, "--json", file]
-    assert run_ab(model, *args, "--decode-tokens", 32, "--lengths", 256, "--threads", 1).returncode == 0
-    (ours,) = (row["value"] for row in read(file)
+    (ours,) = (row["value"] for row in read(shipped / "rows.json")
                if row.get("control") and (row["metric"], row.get("way")) == ("perplexity", "prefill"))  # fmt: skip
-    command = [stock_bin / "llama-perplexity", "-m", model, "-f", text, "-c", "512", "--chunks", "1", "-fa", "off"]
-    theirs = subprocess.run([*command, "-t", "1"], capture_output=True, text=True, check=True)
-    (found,) = re.findall(r"\[1\](\d+\.\d+)", theirs.stdout + theirs.stderr)
-    assert ours == pytest.approx(float(found), abs=6e-5)  # four digits are printed
+    command = [stock_bin / "llama-perplexity", "-m", SHIPPED, "-f", shipped / "text.txt", "-c", "512", "--chunks", "1"]
+    result = subprocess.run([*command, "-fa", "off", "-t", "1"], capture_output=True, text=True, check=True)
+    (theirs,) = re.findall(r"\[1\](\d+\.\d+)", result.stdout + result.stderr)
+    assert ours == pytest.approx(float(theirs), abs=6e-5)  # four digits are printed
+
+
+def test_attention_to_cold_pages_is_traced(shipped):
+    (row,) = (row for row in read(shipped / "rows.json") if row.get("metric") == "cold_attention")
+    assert row["arm"] == "paged" and len(row["promoted_sticky"]) == row["n_tokens"]
+    assert all(0 < sum(each) < 1 for each in row["promoted_sticky"])
+    assert any(sticky > 0 for _, sticky in row["promoted_sticky"])
+    assert '<figure id="mass-paged">' in (shipped / "page.html").read_text()
 
 
 def test_the_page_has_its_pictures(compared):
