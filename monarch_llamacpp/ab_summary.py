@@ -129,7 +129,7 @@ def _quality_facts(rows: Sequence[Row], arm: str) -> list[tuple[str, bool]]:
         change = ours / base - 1
         facts.append((f"perplexity {change:+.2%}", change > PERPLEXITY_MARGIN))
     found, base_found = quality.recall(arm), quality.recall(STOCK)
-    if found and base_found:
+    if found and base_found and base_found[0]:  # a model that finds none says nothing about the cache
         lost = found[0] / found[1] < base_found[0] / base_found[1] - RECALL_MARGIN
         facts.append((f"{found[0]} needles of {found[1]} found (stock {base_found[0]})", lost))
     return facts + _beaten_facts(quality, arm)

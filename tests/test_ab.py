@@ -24,7 +24,7 @@ from monarch_llamacpp.ab_bench import merge_rows
 from monarch_llamacpp.ab_child import check_activity
 from monarch_llamacpp.ab_quality_child import Comparison, log_softmax
 from monarch_llamacpp.ab_report import print_report
-from monarch_llamacpp.ab_rows import Rows
+from monarch_llamacpp.ab_rows import Rows, read_rows
 from monarch_llamacpp.ab_summary import Speeds, verdict
 from monarch_llamacpp.cli import run_command
 from monarch_llamacpp.errors import MonarchError
@@ -225,6 +225,13 @@ def test_resumed_rows_are_those_of_the_same_receipt(tmp_path):
     assert rows.take("speed", "stock", "a", lambda row: row["n_gen"] < 1) == earlier[:1]
     assert rows.take("speed", "paged", "a", lambda row: True) == []
     assert json.loads((tmp_path / "rows.json").read_text()) == earlier[0]
+
+
+@pytest.mark.parametrize("content", ["not JSON", '{"no": "row"}', "[1]"])
+def test_a_file_that_cannot_be_resumed_says_so(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(MonarchError, match="rows.json"):
+        read_rows(tmp_path / "rows.json")
 
 
 @pytest.mark.parametrize(
