@@ -60,6 +60,7 @@ def _measure(arms: Sequence[Arm], settings: Settings, rows: Rows, html: Path | N
     try:
         for part in settings.parts:
             _RUN[part](lab)
+        rows.finish()
     finally:
         print_report(Console(file=sys.stdout, highlight=False), rows.all())
         if html:

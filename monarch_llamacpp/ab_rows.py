@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +41,34 @@ def make_receipt(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _key(row: Row) -> tuple:
+    return tuple(row.get(name) for name in _KEY)
+
+
 class Rows:
     """Written to the file, if there is one, whenever rows come in."""
 
     def __init__(self, file: Path | None, earlier: Sequence[Row] = ()) -> None:
         self._file = file
-        self._earlier = list(earlier)
+        self._earlier = {_key(row): row for row in earlier if row["row"] != "failure"}
         self._rows: dict[tuple, Row] = {}
 
     def put(self, rows: Iterable[Row]) -> None:
-        """A row replaces the one of the same key."""
-        self._rows |= {tuple(row.get(name) for name in _KEY): row for row in rows}
+        """A row replaces the one of the same key. Earlier rows stay in the file: their turn may not have come yet."""
+        self._rows |= {_key(row): row for row in rows}
+        self._write(self._earlier | self._rows)
+
+    def finish(self) -> None:
+        """Only what this run asked for stays in the file."""
+        self._write(self._rows)
+
+    def _write(self, rows: Mapping[tuple, Row]) -> None:
         if self._file:
-            write_file(self._file, "".join(json.dumps(row) + "\n" for row in self.all()))
+            write_file(self._file, "".join(json.dumps(row) + "\n" for row in rows.values()))
 
     def take(self, kind: str, arm: str, receipt: str, asked: Callable[[Row], bool]) -> list[Row]:
         """Rows of an earlier run that still hold and are asked for."""
-        found = [row for row in self._earlier if (row["row"], row.get("arm")) == (kind, arm)]
+        found = [row for row in self._earlier.values() if (row["row"], row.get("arm")) == (kind, arm)]
         taken = [row for row in found if row.get("receipt") == receipt and asked(row)]
         self.put(taken)
         return taken

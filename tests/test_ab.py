@@ -224,7 +224,10 @@ def test_resumed_rows_are_those_of_the_same_receipt(tmp_path):
     rows = Rows(tmp_path / "rows.json", earlier)
     assert rows.take("speed", "stock", "a", lambda row: row["n_gen"] < 1) == earlier[:1]
     assert rows.take("speed", "paged", "a", lambda row: True) == []
-    assert json.loads((tmp_path / "rows.json").read_text()) == earlier[0]
+    assert read_rows(tmp_path / "rows.json") == earlier  # until the end: somebody may stop it before
+    assert rows.all() == earlier[:1]
+    rows.finish()
+    assert read_rows(tmp_path / "rows.json") == earlier[:1]
 
 
 @pytest.mark.parametrize("content", ["not JSON", '{"no": "row"}', "[1]"])
