@@ -71,7 +71,7 @@ def _quality_figures(quality: Quality, color: Color) -> Iterator[Figure]:
         note += f"the table counts it. Drawn at {_LEAST_KL:.0e}: that or less."
         yield Figure("frontier", "Quality against memory", svg, note=note)
     traces = {arm: row["promoted_sticky"] for arm in quality.arms if (row := quality.row(arm, "cold_attention"))}
-    yield from (_mass_figure(arm, trace) for arm, trace in traces.items() if any(map(sum, trace)))
+    yield from (_mass_figure(arm, trace) for arm, trace in traces.items())
     if cells := {arm: quality.needles(arm) for arm in quality.arms if quality.needles(arm)}:
         yield _recall_figure(cells)
 

@@ -98,8 +98,10 @@ class MassTrace:
         self._sticky: set[tuple[int, int, int]] = set()
         self._mass = [0.0, 0.0]
         stats = read_stats(llm)
-        self._n_places = max(1, stats["n_layer"] * stats["n_head_kv"]) if stats else 0
-        if stats:
+        # exact reads every page and tells no hook of it
+        is_told = stats is not None and stats["mode"] == "paged"
+        self._n_places = max(1, stats["n_layer"] * stats["n_head_kv"]) if is_told else 0
+        if is_told:
             llm.set_hooks(on_promote=self._add, on_sticky=lambda event: self._sticky.add(_place(event)))
 
     def _add(self, event: Event) -> None:
