@@ -342,12 +342,26 @@ static void monarch_state_take(const uint8_t ** src, void * dst, size_t size) {
     *src += size;
 }
 
-// cannot fail: all of it is here and checked
+llama_kv_cells monarch_kv_cache::stage_cells(const std::vector<llama_pos> & pos) const {
+    llama_kv_cells res;
+    res.resize(get_size());
+
+    for (size_t i = 0; i < pos.size(); ++i) {
+        res.pos_set(i, pos[i]);
+        res.seq_add(i, 0);
+    }
+    return res;
+}
+
 void monarch_kv_cache::paged_restore(const monarch_paged_state & state) {
     const monarch_codec codec = get_op_params(0, 0.0f).codec;
 
+    llama_kv_cells cells = stage_cells(state.pos);
+
+    // from here on nothing fails: all of it is here and checked
     clear(false);
 
+    v_cells[0]  = std::move(cells);
     n_page_outs = state.header.n_page_outs;
 
     for (const auto & page : state.pages) {
@@ -361,10 +375,6 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state) {
                 monarch_state_take(&src, (char *) ring->data + i*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
             }
         }
-    }
-    for (size_t i = 0; i < state.pos.size(); ++i) {
-        v_cells[0].pos_set(i, state.pos[i]);
-        v_cells[0].seq_add(i, 0);
     }
 
     src = state.cold.data();

@@ -15,7 +15,6 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 
 // rows of one layer, in the order of the state's cells
@@ -111,7 +110,6 @@ void monarch_kv_cache::stock_read(llama_io_read_i & io, bool is_whole) {
         }
     }
 
-    clear(false);
     stock_restore(state);
 }
 
@@ -152,9 +150,6 @@ void monarch_kv_cache::stock_restore_slot(const monarch_stock_state & state, siz
         memcpy((char *) layers[il].k->data + slot*layers[il].k->nb[1], state.k[il].data.data() + state.order[i]*state.k[il].row_size, state.k[il].row_size);
         memcpy((char *) layers[il].v->data + slot*layers[il].v->nb[1], state.v[il].data.data() + state.order[i]*state.v[il].row_size, state.v[il].row_size);
     }
-
-    v_cells[0].pos_set(slot, state.pos[state.order[i]]);
-    v_cells[0].seq_add(slot, 0);
 }
 
 // sink tokens and the hot window into the ring, what lies between into pages, as if it had been decoded
@@ -169,6 +164,25 @@ void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
     const size_t n_past  = n - i_first + 1 > (size_t) knobs.hot_window ? n - i_first + 1 - knobs.hot_window : 0;
     const size_t n_pages = n_past/knobs.page_size;
 
+    std::vector<size_t>    hot;
+    std::vector<llama_pos> pos;
+    for (size_t i = 0; i < n; ++i) {
+        if (i < i_first || i >= i_first + n_pages*knobs.page_size) {
+            hot.push_back(i);
+            pos.push_back(state.pos[state.order[i]]);
+        }
+    }
+
+    llama_kv_cells cells = stage_cells(pos);
+
+    std::vector<std::thread> threads;
+    threads.reserve(n_threads);
+
+    // from here on nothing fails
+    clear(false);
+
+    v_cells[0] = std::move(cells);
+
     for (size_t i = 0; i < n_pages; ++i) {
         table.push(state.pos[state.order[i_first + i*knobs.page_size]], UINT32_MAX >> (32 - knobs.page_size));
     }
@@ -181,13 +195,11 @@ void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
         }
     };
 
-    std::vector<std::thread> threads;
-    threads.reserve(n_threads);
     try {
         for (uint32_t i = 1; i < n_threads; ++i) {
             threads.emplace_back(worker);
         }
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) { // no more threads, or no memory for them
         LLAMA_LOG_WARN("%s: only %zu threads could be started\n", __func__, threads.size() + 1);
     }
     worker();
@@ -195,10 +207,7 @@ void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
         thread.join();
     }
 
-    uint32_t slot = 0;
-    for (size_t i = 0; i < n; ++i) {
-        if (i < i_first || i >= i_first + n_pages*knobs.page_size) {
-            stock_restore_slot(state, i, slot++);
-        }
+    for (size_t slot = 0; slot < hot.size(); ++slot) {
+        stock_restore_slot(state, hot[slot], slot);
     }
 }

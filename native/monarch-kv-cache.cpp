@@ -342,8 +342,13 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
         return sinfo;
     }
 
-    apply_ubatch(sinfo, ubatch);
-    schedule_page_outs();
+    try {
+        apply_ubatch(sinfo, ubatch);
+        schedule_page_outs();
+    } catch (const std::exception &) {
+        abandon(sinfo);
+        throw;
+    }
 
     mode       = resolve_mode();
     n_attended = table.n_pages();
@@ -352,11 +357,21 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     return sinfo;
 }
 
-void monarch_kv_cache::commit() {
-    committed = step;
+// takes back what place() placed, all of it or a part
+void monarch_kv_cache::abandon(const slot_info & sinfo) {
+    for (const uint32_t slot : sinfo.idxs[0]) {
+        if (!v_cells[0].is_empty(slot)) {
+            v_cells[0].rm(slot);
+        }
+    }
+    pending.clear();
+}
 
+void monarch_kv_cache::commit() {
     const monarch_hooks hooks_now = hooks;
-    const auto          events    = collect_events();
+    const auto          events    = collect_events(); // the last that can fail
+
+    committed = step;
 
     for (const auto & out : pending) {
         table.push(out.first_pos, out.mask);
@@ -417,24 +432,24 @@ void monarch_kv_cache::forget_logs() {
 void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
     const monarch_op_params op = get_op_params(0, 0.0f);
 
-    std::vector<float> k(knobs.page_size*head_dim);
+    float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_codec_decode_page_k(&op.codec, (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, page.phys), k.data());
+            monarch_codec_decode_page_k(&op.codec, (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, page.phys), k);
 
             int32_t n = 0;
             for (int32_t i = 0; i < knobs.page_size; ++i) {
                 if (page.mask >> i & 1) {
-                    std::copy_n(k.data() + i*head_dim, head_dim, k.data() + n++*head_dim);
+                    std::copy_n(k + i*head_dim, head_dim, k + n++*head_dim);
                 }
             }
 
             for (int32_t i = 0; i < n && op.codec.bits_k != 16; ++i) {
-                monarch_codec_unrotate(head_dim, k.data() + i*head_dim);
+                monarch_codec_unrotate(head_dim, k + i*head_dim);
             }
 
-            monarch_summary_encode(op.scorer, head_dim, n, k.data(),
+            monarch_summary_encode(op.scorer, head_dim, n, k,
                     (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys), page.phys%MONARCH_SUMMARY_GROUP);
         }
     }
@@ -452,11 +467,19 @@ bool monarch_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return true;
     }
 
+    std::vector<monarch_page_table::page> cut;
+    try {
+        cut = table.remove(p0, p1);
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: out of memory: nothing removed\n", __func__);
+        return false;
+    }
+
     pending.clear();
 
     llama_kv_cache::seq_rm(0, p0, p1);
 
-    for (const auto & page : table.remove(p0, p1)) {
+    for (const auto & page : cut) {
         update_summaries(page);
     }
 
@@ -788,6 +811,13 @@ monarch_kv_cache_context::monarch_kv_cache_context(monarch_kv_cache * cache, std
     sinfos.resize(this->ubatches.size());
 }
 
+// a step that threw instead of ending leaves nothing behind
+monarch_kv_cache_context::~monarch_kv_cache_context() {
+    if (is_open) {
+        cache->abandon(sinfos[i_cur]);
+    }
+}
+
 bool monarch_kv_cache_context::apply() {
     sinfos[i_cur] = cache->place(ubatches[i_cur]);
 
@@ -795,13 +825,15 @@ bool monarch_kv_cache_context::apply() {
         return false;
     }
 
-    n_kv = cache->get_n_kv(sinfos[i_cur]);
+    is_open = true;
+    n_kv    = cache->get_n_kv(sinfos[i_cur]);
 
     return true;
 }
 
 bool monarch_kv_cache_context::next() {
     cache->commit();
+    is_open = false;
 
     return llama_kv_cache_context::next();
 }

@@ -58,6 +58,7 @@ public:
 
     slot_info place(const llama_ubatch & ubatch);
     void      commit();
+    void      abandon(const slot_info & sinfo);
 
     //
     // graph
@@ -133,6 +134,9 @@ private:
     void     paged_read        (llama_io_read_i & io);
     void     paged_restore     (const monarch_paged_state & state);
 
+    // of both: the cells of hot tokens from the ring's first slot on, before anything live changes
+    llama_kv_cells stage_cells(const std::vector<llama_pos> & pos) const;
+
     size_t   paged_hot_size   (uint32_t n) const;
     size_t   paged_page_size  ()           const;
     size_t   paged_sticky_size(uint32_t n) const;
@@ -182,11 +186,14 @@ public:
 
     monarch_kv_cache_context(monarch_kv_cache * cache, std::vector<llama_ubatch> ubatches);
 
+    ~monarch_kv_cache_context();
+
     bool next()  override;
     bool apply() override;
 
     monarch_kv_cache * get_cache() const { return cache; }
 
 private:
-    monarch_kv_cache * cache = nullptr;
+    monarch_kv_cache * cache   = nullptr;
+    bool               is_open = false; // applied, but not ended
 };

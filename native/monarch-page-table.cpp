@@ -31,6 +31,8 @@ void monarch_page_table::init(uint32_t n_phys_new, uint32_t seed_new) {
     n_phys = n_phys_new;
     seed   = seed_new;
 
+    pages.reserve(n_phys); // push() cannot fail
+
     clear();
 }
 
@@ -75,6 +77,10 @@ std::vector<monarch_page_table::page> monarch_page_table::remove(int32_t p0, int
     std::vector<int32_t> freed;
 
     const auto first = std::find_if(pages.begin(), pages.end(), [p0](const page & page) { return page.end() > p0; });
+
+    // out of memory: nothing is removed
+    cut  .reserve(pages.end() - first);
+    freed.reserve(pages.end() - first);
 
     auto out = first;
     auto it  = first;
