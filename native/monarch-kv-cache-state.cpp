@@ -279,26 +279,25 @@ static void monarch_state_check_header(const monarch_state_header & got, const m
 
 // positions ascend: sink tokens, pages, the hot window
 static void monarch_state_check_positions(const monarch_paged_state & state, uint32_t n_ctx) {
-    const uint32_t mask_max = UINT32_MAX >> (32 - state.header.page_size);
+    const uint32_t mask_max    = UINT32_MAX >> (32 - state.header.page_size);
+    const int64_t  sink_tokens = state.header.sink_tokens;
 
     size_t  n_tokens = state.pos.size();
     int64_t end      = 0;
     for (const auto & page : state.pages) {
         const monarch_page_table::page entry = { 0, page.first_pos, page.mask };
 
-        monarch_state_check(page.mask != 0 && page.mask <= mask_max && page.first_pos >= 0 && page.first_pos < INT32_MAX - 32, "a damaged page table");
-        monarch_state_check(entry.begin() >= end, "a damaged page table");
+        monarch_state_check(page.mask != 0 && page.mask <= mask_max, "a damaged page table");
+        monarch_state_check(page.first_pos >= sink_tokens && page.first_pos < MONARCH_STATE_MAX_POS && entry.begin() >= end, "a damaged page table");
 
         n_tokens += entry.n_tokens();
         end       = entry.end();
     }
     monarch_state_check(n_tokens <= n_ctx, "it holds more tokens than n_ctx");
 
-    const int64_t begin = state.pages.empty() ? 0 : state.pages[0].first_pos;
-
     int64_t last = -1;
     for (const llama_pos pos : state.pos) {
-        monarch_state_check(pos > last && (pos < begin || pos >= end), "damaged positions");
+        monarch_state_check(pos > last && pos < MONARCH_STATE_MAX_POS && (pos < sink_tokens || pos >= end), "damaged positions");
         last = pos;
     }
 }

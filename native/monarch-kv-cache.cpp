@@ -308,13 +308,13 @@ llama_memory_context_ptr monarch_kv_cache::init_update(llama_context * lctx, boo
 void monarch_kv_cache::schedule_page_outs() {
     const auto & in_order = v_cells[0].seq_pos_get(0);
 
-    const llama_pos end = seq_pos_max(0) + 1 - knobs.hot_window + 1;
+    const int64_t end = (int64_t) seq_pos_max(0) + 1 - knobs.hot_window + 1;
 
     const size_t n_out_max = std::min<size_t>(table.n_free(), n_page_outs_max());
 
     auto it = in_order.lower_bound({ knobs.sink_tokens, 0 });
 
-    while (it != in_order.end() && it->first + knobs.page_size <= end && pending.size() < n_out_max) {
+    while (it != in_order.end() && it->first <= end - knobs.page_size && pending.size() < n_out_max) {
         page_out out = { it->first, 0, {} };
 
         // where tokens were removed, the one before stands in and counts nowhere
