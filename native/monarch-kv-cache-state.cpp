@@ -253,6 +253,12 @@ void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io) const {
 // read
 //
 
+static void monarch_state_fetch(llama_io_read_i & io, void * dst, size_t size) {
+    if (size > 0) { // an empty vector has no data to copy to
+        io.read(dst, size);
+    }
+}
+
 // a part and its crc, as many bytes at a time as surely came
 static void monarch_state_read_part(llama_io_read_i & io, size_t size, std::vector<uint8_t> & dst, const char * what) {
     const size_t start = dst.size();
@@ -316,8 +322,8 @@ void monarch_kv_cache::paged_read(llama_io_read_i & io) {
     state.pages.resize(state.header.n_pages);
     state.pos  .resize(state.header.n_hot);
 
-    io.read(state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
-    io.read(state.pos.data(), state.pos.size()*sizeof(state.pos[0]));
+    monarch_state_fetch(io, state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
+    monarch_state_fetch(io, state.pos.data(), state.pos.size()*sizeof(state.pos[0]));
 
     monarch_state_check(monarch_state_get<uint32_t>(io) == state.crc(), "a damaged header");
     monarch_state_check_positions(state, n_ctx);
