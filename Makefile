@@ -12,7 +12,10 @@ READY := $(VENV)/ready-$(SETUP)
 
 BINDINGS := llama-cpp-python==$(shell sed -n 's/^llama_cpp_python = //p' LLAMA_CPP_VERSION)
 
-.PHONY: demo test test-long test-convert build lint clean
+# what runs llama.cpp in child processes, or compiles its own programs
+SANITIZED := test_state.py test_state_crafted.py test_paging.py test_native_kernels.py test_threads.py test_fuzz.py
+
+.PHONY: demo test test-long test-convert sanitize fuzz build lint clean
 
 demo: build
 	$(PYTHON) scripts/demo.py
@@ -22,6 +25,17 @@ test: build
 
 test-long: build
 	$(PYTHON) -m pytest -q -m long tests
+
+# under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; builds the library twice, half an hour at first
+sanitize: build
+	for sanitizer in address thread; do $(PYTHON) -m monarch_llamacpp build --sanitizer $$sanitizer || exit; done
+	$(PYTHON) -m pytest -q --sanitizer address $(addprefix tests/,$(SANITIZED))
+	$(PYTHON) -m pytest -q --sanitizer thread tests/test_threads.py
+
+# ten minutes each; SECONDS=60 for less
+fuzz: build
+	$(PYTHON) -m monarch_llamacpp build --sanitizer address
+	$(PYTHON) tests/fuzz/run.py --seconds $(or $(SECONDS),600)
 
 # against upstream's own converter and transformers, which bring torch
 test-convert: build

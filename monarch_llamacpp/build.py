@@ -70,8 +70,8 @@ class Builder:
 
     def _write_source(self, arm: str, tree: Path) -> None:
         upstream = self._upstream()
-        if arm == "patched":
-            self.progress.step("patched: applying patches")
+        if arm != "stock":
+            self.progress.step(f"{arm}: applying patches")
             files = builder_source.patched_files(upstream, paths.patches_dir(), paths.native_dir())
         else:
             files = builder_source.upstream_files(upstream)
@@ -109,6 +109,7 @@ def check_space(cache: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda", action="store_true", help="with the CUDA backend")
     parser.add_argument("--tools", action="store_true", help=f"also {', '.join(builder_recipe.TOOLS)}")
+    parser.add_argument("--sanitizer", choices=builder_recipe.SANITIZERS, help="only the library, instrumented")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at once")
     parser.add_argument("--sdist", type=Path, metavar="FILE", help="the pinned sdist, instead of fetching it with pip")
 
@@ -130,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     with build_lock(cache, progress) as lock_fd:
         builder = Builder(cache, pinned, args.sdist, tools, args.jobs, progress, lock_fd)
-        for arm in reversed(builder_recipe.ARMS):  # patched first: it is the one whose sources change
+        # patched first: it is the one whose sources change
+        for arm in [args.sanitizer] if args.sanitizer else reversed(builder_recipe.ARMS):
             builder.build(arm, targets)
     return 0

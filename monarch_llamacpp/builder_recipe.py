@@ -11,6 +11,7 @@ from . import builder_source, paths
 from .pin import Pin
 
 ARMS = ("stock", "patched")
+SANITIZERS = ("address", "thread")  # arms too: the patched sources, instrumented, for tests
 LIBRARY = "llama"
 TOOLS = ("llama-bench", "llama-perplexity", "llama-quantize")
 
@@ -31,10 +32,30 @@ _OPTIONS = {
     "LLAMA_BUILD_NUMBER": "0",
 }
 
+# -DNDEBUG as users have it: upstream asserts that no number is NaN
+_INSTRUMENTED = {
+    "CMAKE_BUILD_TYPE": "RelWithDebInfo",
+    "CMAKE_C_FLAGS_RELWITHDEBINFO": "-O1 -g1 -DNDEBUG",
+    "CMAKE_CXX_FLAGS_RELWITHDEBINFO": "-O1 -g1 -DNDEBUG",
+    "GGML_NATIVE": "OFF",
+    "LLAMA_BUILD_COMMON": "OFF",
+    "LLAMA_BUILD_TOOLS": "OFF",
+}
+
+_SANITIZER_OPTIONS = {
+    "address": _INSTRUMENTED | dict.fromkeys(
+        ("LLAMA_SANITIZE_ADDRESS", "LLAMA_SANITIZE_UNDEFINED", "GGML_SANITIZE_ADDRESS", "GGML_SANITIZE_UNDEFINED"), "ON"
+    ),
+    # the thread sanitizer does not see how OpenMP's own threads wait for each other
+    "thread": _INSTRUMENTED | {
+        "LLAMA_SANITIZE_THREAD": "ON", "GGML_SANITIZE_THREAD": "ON", "GGML_OPENMP": "OFF",
+    },
+}  # fmt: skip
+
 
 def cmake_options(arm: str, pin: Pin) -> dict[str, str]:
-    commit = pin.llama_cpp_commit[:9] + ("-monarch" if arm == "patched" else "")
-    return _OPTIONS | {"LLAMA_BUILD_COMMIT": commit}
+    commit = pin.llama_cpp_commit[:9] + ("" if arm == "stock" else "-monarch")
+    return _OPTIONS | {"LLAMA_BUILD_COMMIT": commit} | _SANITIZER_OPTIONS.get(arm, {})
 
 
 @functools.cache

@@ -23,6 +23,11 @@ def patched_dir() -> Path:
     return _bin_dir("patched")
 
 
+def sanitized_dir(sanitizer: str) -> Path:
+    """The patched library, instrumented."""
+    return _bin_dir(sanitizer)
+
+
 def _bin_dir(arm: str) -> Path:
     cache = paths.cache_dir()
     if built := builder_stamp.find_built(arm, cache, pin.read_pin()):

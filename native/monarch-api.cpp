@@ -11,8 +11,12 @@
 
 static thread_local std::string last_error;
 
-void monarch_error_set(const std::string & error) {
-    last_error = error;
+void monarch_error_set(const char * error) noexcept {
+    try {
+        last_error = error;
+    } catch (...) {
+        last_error = "out of memory"; // short enough to need none
+    }
 }
 
 const char * monarch_error_get() {
@@ -26,9 +30,9 @@ static int32_t monarch_api_call(F f) {
         last_error.clear();
         return f();
     } catch (const std::exception & err) {
-        last_error = err.what();
+        monarch_error_set(err.what());
     } catch (...) {
-        last_error = "unknown error";
+        monarch_error_set("unknown error");
     }
     return -1;
 }

@@ -2,7 +2,5 @@
 
 // The calling thread's last error, as monarch_last_error() reports it.
 
-#include <string>
-
-void         monarch_error_set(const std::string & error);
+void         monarch_error_set(const char * error) noexcept;
 const char * monarch_error_get();

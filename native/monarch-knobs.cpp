@@ -111,6 +111,7 @@ static bool monarch_knob_parse(const monarch_knob & knob, const std::string & te
     // a decimal point whatever the program's locale says
     std::istringstream stream(text);
     stream.imbue(std::locale::classic());
+    stream.exceptions(std::ios::badbit); // out of memory is not a wrong value
 
     double value;
     if (!(stream >> value) || !stream.eof() || !(value >= knob.least && value <= knob.greatest)) {

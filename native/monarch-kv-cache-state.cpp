@@ -272,6 +272,12 @@ void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io, const monarch_p
 // read
 //
 
+static void monarch_state_fetch(llama_io_read_i & io, void * dst, size_t size) {
+    if (size > 0) { // an empty vector has no data to copy to
+        io.read(dst, size);
+    }
+}
+
 // a part and its crc, as many bytes at a time as surely came
 static void monarch_state_read_part(llama_io_read_i & io, size_t size, std::vector<uint8_t> & dst, const char * what) {
     const size_t start = dst.size();
@@ -306,15 +312,18 @@ static void monarch_state_check_index(std::vector<T> & named, const T & entry) {
     }
 }
 
-static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch_state_page * pages, const monarch_state_token * tokens, uint32_t mask_max, uint32_t n_ctx_seq) {
+static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch_state_page * pages, const monarch_state_token * tokens, const monarch_state_header & header, uint32_t n_ctx_seq) {
+    const uint32_t mask_max    = UINT32_MAX >> (32 - header.page_size);
+    const int64_t  sink_tokens = header.sink_tokens;
+
     std::vector<llama_pos> pos;
 
     llama_pos begin = -1;
     for (uint32_t i = 0; i < seq.n_pages; ++i) {
         const monarch_page_table::page page = { 0, pages[i].first_pos, pages[i].mask };
 
-        monarch_state_check(page.mask != 0 && page.mask <= mask_max && page.first_pos >= 0 && page.first_pos < INT32_MAX - 32, "a damaged page table");
-        monarch_state_check(page.begin() > begin, "a damaged page table");
+        monarch_state_check(page.mask != 0 && page.mask <= mask_max, "a damaged page table");
+        monarch_state_check(page.first_pos >= sink_tokens && page.first_pos < MONARCH_STATE_MAX_POS && page.begin() > begin, "a damaged page table");
 
         begin = page.begin();
 
@@ -326,7 +335,7 @@ static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch
     }
 
     for (uint32_t i = 0; i < seq.n_hot; ++i) {
-        monarch_state_check(tokens[i].pos >= 0 && (i == 0 || tokens[i].pos > tokens[i - 1].pos), "damaged positions");
+        monarch_state_check(tokens[i].pos >= 0 && tokens[i].pos < MONARCH_STATE_MAX_POS && (i == 0 || tokens[i].pos > tokens[i - 1].pos), "damaged positions");
         pos.push_back(tokens[i].pos);
     }
 
@@ -337,8 +346,6 @@ static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch
 }
 
 static void monarch_state_check_seqs(const monarch_paged_state & state, uint32_t n_ctx_seq) {
-    const uint32_t mask_max = UINT32_MAX >> (32 - state.header.page_size);
-
     std::vector<monarch_state_page>  pages;
     std::vector<monarch_state_token> tokens;
 
@@ -346,7 +353,7 @@ static void monarch_state_check_seqs(const monarch_paged_state & state, uint32_t
     const monarch_state_token * token = state.tokens.data();
 
     for (const auto & seq : state.seqs) {
-        monarch_state_check_seq(seq, page, token, mask_max, n_ctx_seq);
+        monarch_state_check_seq(seq, page, token, state.header, n_ctx_seq);
 
         for (uint32_t i = 0; i < seq.n_pages; ++i, ++page) {
             monarch_state_check_index(pages, *page);
@@ -386,7 +393,7 @@ void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
     monarch_state_check(header.n_seqs <= LLAMA_MAX_SEQ && header.n_pages <= n_pages_max && header.n_hot <= get_size(), "it holds more than this context can");
 
     state.seqs.resize(header.n_seqs);
-    io.read(state.seqs.data(), state.seqs.size()*sizeof(state.seqs[0]));
+    monarch_state_fetch(io, state.seqs.data(), state.seqs.size()*sizeof(state.seqs[0]));
 
     size_t n_pages = 0;
     size_t n_hot   = 0;
@@ -399,8 +406,8 @@ void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
     state.pages .resize(n_pages);
     state.tokens.resize(n_hot);
 
-    io.read(state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
-    io.read(state.tokens.data(), state.tokens.size()*sizeof(state.tokens[0]));
+    monarch_state_fetch(io, state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
+    monarch_state_fetch(io, state.tokens.data(), state.tokens.size()*sizeof(state.tokens[0]));
 
     monarch_state_check(monarch_state_get<uint32_t>(io) == state.crc(), "a damaged header");
     monarch_state_check_ids (state, seq_id, n_seqs());

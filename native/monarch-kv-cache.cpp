@@ -274,23 +274,35 @@ bool monarch_kv_cache::fits(const std::vector<llama_ubatch> & ubatches) {
         return has_room(ubatches[0]);
     }
 
-    const places saved = { v_cells[0], pool, tables };
+    places saved = { v_cells[0], pool, tables };
 
     bool res = true;
-    for (const auto & ubatch : ubatches) {
-        res = res && has_room(ubatch);
-        if (res) {
-            apply_ubatch(find_cells(ubatch), ubatch);
-            schedule_page_outs();
-            commit_page_outs();
+    try {
+        for (const auto & ubatch : ubatches) {
+            res = res && has_room(ubatch);
+            if (res) {
+                apply_ubatch(find_cells(ubatch), ubatch);
+                schedule_page_outs();
+                commit_page_outs();
+            }
         }
+    } catch (const std::exception &) {
+        go_back(saved);
+        throw;
     }
-
-    v_cells[0] = saved.cells;
-    pool       = saved.pool;
-    tables     = saved.tables;
+    go_back(saved);
 
     return res;
+}
+
+// cannot fail: there was room for all of it
+void monarch_kv_cache::go_back(places & saved) {
+    std::swap(v_cells[0], saved.cells);
+
+    pool   = saved.pool;
+    tables = saved.tables;
+
+    pending.clear();
 }
 
 llama_memory_context_ptr monarch_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -387,13 +399,13 @@ void monarch_kv_cache::schedule_page_outs(llama_seq_id seq_id) {
     const auto & cells    = v_cells[0];
     const auto & in_order = cells.seq_pos_get(seq_id);
 
-    const llama_pos end = cells.seq_pos_max(seq_id) + 1 - knobs.hot_window + 1;
+    const int64_t end = (int64_t) cells.seq_pos_max(seq_id) + 1 - knobs.hot_window + 1;
 
     const size_t n_out_max = std::min<size_t>(pool.n_free(), n_page_outs_max());
 
     auto it = in_order.lower_bound({ knobs.sink_tokens, 0 });
 
-    while (it != in_order.end() && it->first + knobs.page_size <= end) {
+    while (it != in_order.end() && it->first <= end - knobs.page_size) {
         page_out out = { it->first, 0, {}, { seq_id } };
 
         // where tokens were removed, the one before stands in and counts nowhere
@@ -421,6 +433,10 @@ void monarch_kv_cache::schedule_page_outs(llama_seq_id seq_id) {
 }
 
 void monarch_kv_cache::commit_page_outs() {
+    for (auto & table : tables) {
+        table.reserve(pending.size());
+    }
+
     for (const auto & out : pending) {
         int32_t phys = -1;
 
@@ -451,8 +467,13 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
         return sinfo;
     }
 
-    apply_ubatch(sinfo, ubatch);
-    schedule_page_outs();
+    try {
+        apply_ubatch(sinfo, ubatch);
+        schedule_page_outs();
+    } catch (const std::exception &) {
+        abandon(sinfo);
+        throw;
+    }
 
     mode = resolve_mode(ubatch.seq_id[ubatch.n_tokens - 1][0]);
     step++;
@@ -466,15 +487,25 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     return sinfo;
 }
 
-void monarch_kv_cache::commit() {
-    committed = step;
+// takes back what place() placed, all of it or a part
+void monarch_kv_cache::abandon(const slot_info & sinfo) {
+    for (const uint32_t slot : sinfo.idxs[0]) {
+        if (!v_cells[0].is_empty(slot)) {
+            v_cells[0].rm(slot);
+        }
+    }
+    pending.clear();
+}
 
+void monarch_kv_cache::commit() {
     const monarch_hooks hooks_now = hooks;
     const auto          events    = collect_events();
-
-    n_page_outs += pending.size();
+    const size_t        n_outs    = pending.size();
 
     commit_page_outs();
+
+    committed    = step;
+    n_page_outs += n_outs;
 
     // last: a hook may change anything
     for (const auto & [hook, event] : events) {
@@ -547,9 +578,7 @@ void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> 
         seq_rm(seq_id, -1, -1);
         place();
     } catch (...) {
-        std::swap(v_cells[0], saved.cells);
-        std::swap(pool,       saved.pool);
-        std::swap(tables,     saved.tables);
+        go_back(saved);
         throw;
     }
 }
@@ -575,10 +604,15 @@ static void monarch_range_normalize(llama_pos & p0, llama_pos & p1) {
 bool monarch_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     monarch_range_normalize(p0, p1);
 
-    for (uint32_t s = 0; s < n_seqs(); ++s) {
-        if (seq_id < 0 || (uint32_t) seq_id == s) {
-            remove(s, p0, p1);
+    try {
+        for (uint32_t s = 0; s < n_seqs(); ++s) {
+            if (seq_id < 0 || (uint32_t) seq_id == s) {
+                remove(s, p0, p1);
+            }
         }
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: out of memory: not all was removed\n", __func__);
+        return false;
     }
 
     return true;
@@ -589,14 +623,20 @@ void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         return;
     }
 
+    const bool has_cold = p0 < tables[seq_id].end();
+
+    std::vector<uint32_t> masks(has_cold ? n_pages_max : 0);
+    std::vector<int32_t>  changed;
+    if (has_cold) {
+        changed = tables[seq_id].remove(pool, p0, p1);
+    }
+
+    // from here on nothing fails
     pending.clear();
 
     llama_kv_cache::seq_rm(seq_id, p0, p1);
 
-    const auto changed = tables[seq_id].remove(pool, p0, p1);
-
     // another sequence may still hold what is gone here
-    std::vector<uint32_t> masks(changed.empty() ? 0 : n_pages_max);
     for (const auto & table : tables) {
         for (size_t i = 0; i < table.n_pages() && !masks.empty(); ++i) {
             masks[table.get_pages()[i].phys] |= table.get_pages()[i].mask;
@@ -991,6 +1031,13 @@ monarch_kv_cache_context::monarch_kv_cache_context(monarch_kv_cache * cache, std
     sinfos.resize(this->ubatches.size());
 }
 
+// a step that threw instead of ending leaves nothing behind
+monarch_kv_cache_context::~monarch_kv_cache_context() {
+    if (is_open) {
+        cache->abandon(sinfos[i_cur]);
+    }
+}
+
 bool monarch_kv_cache_context::apply() {
     sinfos[i_cur] = cache->place(ubatches[i_cur]);
 
@@ -998,13 +1045,15 @@ bool monarch_kv_cache_context::apply() {
         return false;
     }
 
-    n_kv = cache->get_n_kv(sinfos[i_cur]);
+    is_open = true;
+    n_kv    = cache->get_n_kv(sinfos[i_cur]);
 
     return true;
 }
 
 bool monarch_kv_cache_context::next() {
     cache->commit();
+    is_open = false;
 
     return llama_kv_cache_context::next();
 }

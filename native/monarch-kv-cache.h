@@ -62,6 +62,7 @@ public:
 
     slot_info place(const llama_ubatch & ubatch);
     void      commit();
+    void      abandon(const slot_info & sinfo);
 
     //
     // graph
@@ -130,6 +131,7 @@ private:
     bool      is_supported(const llama_ubatch & ubatch) const;
     bool      has_room(const llama_ubatch & ubatch) const;
     bool      fits(const std::vector<llama_ubatch> & ubatches);
+    void      go_back(places & saved);
     slot_info find_cells(const llama_ubatch & ubatch) const;
     uint32_t  find_cell(llama_seq_id seq_id, std::vector<bool> & is_taken) const;
 
@@ -215,11 +217,14 @@ public:
 
     monarch_kv_cache_context(monarch_kv_cache * cache, std::vector<llama_ubatch> ubatches);
 
+    ~monarch_kv_cache_context();
+
     bool next()  override;
     bool apply() override;
 
     monarch_kv_cache * get_cache() const { return cache; }
 
 private:
-    monarch_kv_cache * cache = nullptr;
+    monarch_kv_cache * cache   = nullptr;
+    bool               is_open = false; // applied, but not ended
 };

@@ -109,6 +109,12 @@ int32_t monarch_page_table::end() const {
     return res;
 }
 
+void monarch_page_table::reserve(uint32_t n) {
+    if (pages.capacity() < pages.size() + n) {
+        pages.reserve(std::max(pages.size() + n, 2*pages.size()));
+    }
+}
+
 void monarch_page_table::push(int32_t phys, int32_t first_pos, uint32_t mask) {
     const page entry = { phys, first_pos, mask };
 
@@ -136,6 +142,9 @@ std::vector<int32_t> monarch_page_table::remove(monarch_page_pool & pool, int32_
     std::vector<int32_t> gone;
 
     const auto first = std::find_if(pages.begin(), pages.end(), [p0](const page & page) { return page.end() > p0; });
+
+    changed.reserve(pages.end() - first);
+    gone   .reserve(pages.end() - first);
 
     auto out = first;
     auto it  = first;

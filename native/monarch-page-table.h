@@ -52,10 +52,13 @@ public:
 
     void clear();
 
+    // room for n more pages, so that push() cannot fail
+    void reserve(uint32_t n);
+
     // phys: the caller took or shared it
     void push(int32_t phys, int32_t first_pos, uint32_t mask);
 
-    // forget the tokens at [p0, p1); returns the physical pages of which some or all are gone here
+    // forget the tokens at [p0, p1); returns the physical pages of which some or all are gone here. Fails before it begins.
     std::vector<int32_t> remove(monarch_page_pool & pool, int32_t p0, int32_t p1);
 
     // the tokens that src has at [p0, p1), where this table holds nothing

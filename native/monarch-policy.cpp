@@ -1,6 +1,7 @@
 #include "monarch-policy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 static bool monarch_policy_is_sticky(const monarch_policy * policy, const uint8_t * count, int32_t page) {
@@ -56,11 +57,16 @@ int32_t monarch_policy_select(
         const int32_t page = table[i].page;
 
         if (monarch_policy_is_sticky(policy, count, page)) {
-            rank[i] = std::max(probability[i], importance[page]);
+            rank[i] = std::max(importance[page], probability[i]);
         } else if (probability[i] >= policy->promotion_threshold) {
             rank[i] = probability[i];
         } else {
             continue;
+        }
+
+        // a broken model or a crafted state: sorting needs an order, which NaN has not
+        if (std::isnan(rank[i])) {
+            rank[i] = 0.0f;
         }
 
         chosen[n_chosen++] = i;

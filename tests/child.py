@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sanitizer
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -27,7 +29,7 @@ def run_child_json(lib_dir: Path, script: str, args: Sequence[object] = (), **op
 
 def environment(lib_dir: Path, extra: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if _is_kept(name)}
-    return kept | {"LLAMA_CPP_LIB_PATH": str(lib_dir)} | dict(extra)
+    return kept | {"LLAMA_CPP_LIB_PATH": str(lib_dir)} | sanitizer.environment(lib_dir) | dict(extra)
 
 
 def _is_kept(name: str) -> bool:

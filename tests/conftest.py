@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from monarch_llamacpp import library
+from monarch_llamacpp import builder_recipe, library
 from monarch_llamacpp.errors import MonarchError
 
 
@@ -22,7 +22,16 @@ def stock_bin() -> Path:
     return _built(library.stock_dir)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sanitizer", choices=builder_recipe.SANITIZERS, help="test the library that was built with it")
+
+
 @pytest.fixture(scope="session")
-def patched_bin() -> Path:
-    """The patched libraries and tools, and the shim."""
-    return _built(library.patched_dir)
+def sanitizer(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--sanitizer") or ""
+
+
+@pytest.fixture(scope="session")
+def patched_bin(sanitizer: str) -> Path:
+    """The patched libraries and tools, and the shim; instrumented, without tools and shim."""
+    return _built(lambda: library.sanitized_dir(sanitizer)) if sanitizer else _built(library.patched_dir)

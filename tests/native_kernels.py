@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sanitizer import FLAGS
 
 from monarch_llamacpp import builder_source, paths, pin
 
@@ -52,21 +53,22 @@ def _flags(source: Path, machine: str) -> list[str]:
     return exact + (found[1].split(";") if found else [])
 
 
-def build(compiler: str, machine: str, folder: Path) -> Path:
+def build(compiler: str, machine: str, folder: Path, sanitizer: str) -> Path:
     """For the oldest processor of its kind: only the kernels may use newer instructions."""
     ggml = upstream_dir() / "ggml"
     include = [f"-I{path}" for path in (paths.native_dir(), ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu")]
 
     def compile_file(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
-        flags = ["-std=c++17", "-O2", *include, *_flags(source, machine)]
+        flags = ["-std=c++17", *FLAGS[sanitizer], *include, *_flags(source, machine)]
         subprocess.run([compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_file, [Path(__file__).with_suffix(".cpp"), *_sources()]))
     program = folder / "native_kernels"
-    subprocess.run([compiler, "-static", *map(str, objects), "-o", str(program)], check=True)
+    link = FLAGS[sanitizer] if sanitizer else ["-static"]  # qemu finds no libraries
+    subprocess.run([compiler, *link, *map(str, objects), "-o", str(program)], check=True)
     return program
 
 

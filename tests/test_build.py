@@ -307,6 +307,15 @@ def test_both_arms_are_built_once(project: Project, compiler: FakeCompiler) -> N
     assert compiler.compiled == ["patched", "stock"]
 
 
+def test_a_sanitizer_builds_the_patched_sources_in_its_own_tree(project: Project, compiler: FakeCompiler) -> None:
+    patched, *instrumented = project.build("patched", *builder_recipe.SANITIZERS)
+    for built, sanitizer in zip(instrumented, builder_recipe.SANITIZERS, strict=True):
+        assert built.arm_dir != patched.arm_dir and find_built(sanitizer, project.cache, project.pin) == built
+        assert (built.bin_dir / "llama.so").read_bytes() == PATCHED["src/a.cpp"]
+        options = builder_recipe.cmake_options(sanitizer, project.pin)
+        assert {f"{lib}_SANITIZE_{sanitizer.upper()}" for lib in ("LLAMA", "GGML")} <= options.keys()
+
+
 def test_an_edit_of_native_rebuilds_the_same_patched_tree_only(project: Project, compiler: FakeCompiler) -> None:
     before, _ = project.build("patched", "stock")
     (project.native / "monarch.cpp").write_text("second")

@@ -25,19 +25,21 @@ class Program(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def build_for(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def build_for(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     if not upstream_dir().is_dir():
         pytest.fail(f"{upstream_dir()} is missing: run python -m monarch_llamacpp build --tools", pytrace=False)
-    return cache(lambda compiler, machine: build(compiler, machine, tmp_path_factory.mktemp(machine)))
+    return cache(lambda compiler, machine: build(compiler, machine, tmp_path_factory.mktemp(machine), sanitizer))
 
 
 @pytest.fixture(params=MACHINES)
-def program(request: pytest.FixtureRequest, build_for: Callable[[str, str], Path]) -> Program:
+def program(request: pytest.FixtureRequest, build_for: Callable[[str, str], Path], sanitizer: str) -> Program:
     kernel, machine = request.param, MACHINES[request.param]
     if platform.machine() == machine:
         return Program(kernel, [str(build_for("c++", machine))], False)
     if machine != "aarch64":
         pytest.skip(f"{kernel} is for {machine}, this machine is {platform.machine()}")
+    if sanitizer:
+        pytest.skip(f"the {kernel} kernel runs emulated here, which the sanitizers do not support")
     if missing := [tool for tool in (CROSS, QEMU) if not shutil.which(tool)]:
         pytest.skip(f"the {kernel} kernel needs {' and '.join(missing)} on this machine")
     return Program(kernel, [QEMU, "-cpu", "max", str(build_for(CROSS, machine))], True)

@@ -1,0 +1,205 @@
+"""Runs in a child process on the patched library, with fault_alloc.cpp preloaded: fails every allocation once.
+
+Arguments: what to fail, a model, and for `restore` a state. Prints one JSON object. Whatever fails, the context goes on
+as if nothing had been asked of it: its state is compared byte by byte, its logits with those of a calm context.
+"""
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import child_logits
+import llama_cpp
+import numpy as np
+from logits import random_tokens
+
+FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"])
+FAULTS.fault_live.restype = ctypes.c_int64
+N_CTX, N_UBATCH = 640, 64
+TOKENS = random_tokens(500)
+STEPS = [200, 1, 1, 33, 150, 1, 16, 1]  # 200 and 150 take several ubatches; pages leave in many of them
+
+
+def new_context(model: str) -> child_logits.Context:
+    case = {"model": model, "n_ctx": N_CTX, "n_ubatch": N_UBATCH, "env": dict(os.environ)}
+    return child_logits.Context(case)
+
+
+def every_fault(action: Callable[[], bool], check: Callable[[bool], None]) -> int:
+    """Runs the action with its 1st, 2nd, ... allocation failing until none is left to fail; returns how many failed."""
+    n = 0
+    while True:
+        n += 1
+        print(f"allocation {n}", file=sys.stderr)
+        FAULTS.fault_arm(ctypes.c_int64(n))
+        ok = action()
+        fired = FAULTS.fault_disarm()
+        if not fired:
+            assert ok, "failed although nothing was made to fail"
+            return n - 1
+        check(ok)
+
+
+def state_of(ctx: child_logits.Context) -> bytes:
+    size = llama_cpp.llama_state_seq_get_size(ctx.ctx, 0)
+    data = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(ctx.ctx, data, size, 0) == size
+    return bytes(data)
+
+
+def end_of(ctx: child_logits.Context) -> int:
+    return llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) + 1
+
+
+def fail_create(model: str) -> dict:
+    ctx = new_context(model)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = N_CTX
+    params.n_ubatch = N_UBATCH
+    refused = 0
+
+    def create() -> bool:
+        made = llama_cpp.llama_init_from_model(ctx.model, params)
+        if made:
+            llama_cpp.llama_free(made)
+        return bool(made)
+
+    assert create()
+    if "MONARCH_MODE" in os.environ:
+        refuse_once(ctx.model)
+    live = FAULTS.fault_live()
+
+    def check(ok: bool) -> None:
+        nonlocal refused
+        refused += not ok
+
+    n = every_fault(create, check)
+    return {"n": n, "refused": refused, "left": FAULTS.fault_live() - live}
+
+
+def refuse_once(model: ctypes.c_void_p) -> None:
+    """The last error keeps room for its longest text: not a leak."""
+    window = os.environ["MONARCH_HOT_WINDOW"]
+    os.environ["MONARCH_HOT_WINDOW"] = "1"
+    assert not llama_cpp.llama_init_from_model(model, llama_cpp.llama_context_default_params())
+    os.environ["MONARCH_HOT_WINDOW"] = window
+
+
+def decode_all(ctx: child_logits.Context, decode: Callable[[int, int], None]) -> Iterator[np.ndarray]:
+    """The logits after each step."""
+    for n in STEPS:
+        end = end_of(ctx) + n
+        while end_of(ctx) < end:
+            decode(end_of(ctx), end)
+        yield np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx.ctx, -1), (ctx.n_vocab,)).copy()
+
+
+def fail_decode(model: str) -> dict:
+    calm, rough = new_context(model), new_context(model)
+    n_faults, refused = 0, 0
+
+    def decode(ctx: child_logits.Context, start: int, end: int) -> int:
+        return ctx.decode(TOKENS[start:end], start)[0]
+
+    def decode_rough(start: int, end: int) -> None:
+        nonlocal n_faults, refused
+        n = 0
+        while end_of(rough) < end:
+            n += 1
+            before, start = state_of(rough), end_of(rough)
+            print(f"{start}..{end}: allocation {n}", file=sys.stderr)
+            FAULTS.fault_arm(ctypes.c_int64(n))
+            status = decode(rough, start, end)
+            n_faults += FAULTS.fault_disarm()
+            assert (status == 0) == (end_of(rough) == end)
+            refused += status != 0
+            # whole ubatches of a batch may have succeeded before the one that failed
+            assert (end_of(rough) - start) % N_UBATCH == 0 or status == 0
+            assert end_of(rough) > start or state_of(rough) == before
+            if end_of(rough) > start:
+                n = 0
+
+    want = list(decode_all(calm, lambda start, end: decode(calm, start, end)))
+    got = list(decode_all(rough, decode_rough))
+    assert np.array_equal(want, got)
+    assert state_of(rough) == state_of(calm)
+    return {"n": n_faults, "refused": refused}
+
+
+def live_context(model: str) -> child_logits.Context:
+    ctx = new_context(model)
+    assert ctx.decode(TOKENS[:200], 0)[0] == 0
+    for i in range(200, 220):
+        assert ctx.decode(TOKENS[i : i + 1], i)[0] == 0
+    return ctx
+
+
+def fail_save(model: str) -> dict:
+    ctx = live_context(model)
+    want = state_of(ctx)
+    data = (ctypes.c_uint8 * (2 * len(want)))()
+    file = str(Path(model).with_suffix(".saved")).encode()
+    result = {}
+    saves = {
+        "size": lambda: llama_cpp.llama_state_seq_get_size(ctx.ctx, 0),
+        "memory": lambda: llama_cpp.llama_state_seq_get_data(ctx.ctx, data, len(data), 0),
+        "whole": lambda: llama_cpp.llama_state_get_data(ctx.ctx, data, len(data)),
+        "file": lambda: llama_cpp.llama_state_seq_save_file(ctx.ctx, file, 0, None, 0),
+        "whole file": lambda: llama_cpp.llama_state_save_file(ctx.ctx, file, None, 0),
+    }
+
+    def check(ok: bool) -> None:
+        assert state_of(ctx) == want
+
+    for name, save in saves.items():
+        save()
+        live = FAULTS.fault_live()
+        result[name] = every_fault(lambda save=save: bool(save()), check)
+        assert FAULTS.fault_live() == live, name
+    return result
+
+
+def fail_restore(model: str, state: str) -> dict:
+    ctx = live_context(model)
+    before = state_of(ctx)
+    content = Path(state).read_bytes()
+    refused = 0
+
+    def check(ok: bool) -> None:
+        nonlocal refused
+        refused += not ok
+        if ok:  # it did without
+            assert ctx.set_state(before)
+        assert state_of(ctx) == before
+
+    n = every_fault(lambda: ctx.set_state(content) == len(content), check)
+    end = end_of(ctx)
+    assert end == 260 and ctx.decode(TOKENS[end : end + 30], end)[0] == 0
+    return {"n": n, "refused": refused}
+
+
+def fail_remove(model: str) -> dict:
+    ctx = live_context(model)
+    before = state_of(ctx)
+
+    def check(ok: bool) -> None:
+        assert not ok and state_of(ctx) == before
+
+    n = every_fault(lambda: llama_cpp.llama_memory_seq_rm(ctx.memory, 0, 100, 123), check)
+    assert state_of(ctx) != before
+    return {"n": n}
+
+
+def main() -> None:
+    what, *args = sys.argv[1:]
+    actions = {
+        "create": fail_create, "decode": fail_decode, "save": fail_save, "restore": fail_restore, "remove": fail_remove,
+    }  # fmt: skip
+    print(json.dumps(actions[what](*args)))
+
+
+if __name__ == "__main__":
+    main()
