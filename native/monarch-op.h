@@ -48,12 +48,12 @@ enum monarch_table_field {
 };
 
 // byte offset of a physical page's block of one KV head in the pool
-static inline size_t monarch_pool_offset(const struct monarch_codec * codec, int64_t n_pages, int64_t head_kv, int64_t page) {
+MONARCH_HD static inline size_t monarch_pool_offset(const struct monarch_codec * codec, int64_t n_pages, int64_t head_kv, int64_t page) {
     return (head_kv*n_pages + page)*monarch_codec_block_size(codec);
 }
 
 // byte offset of the group that holds a physical page's summary of one KV head
-static inline size_t monarch_summary_offset(int32_t head_dim, int64_t n_pages, int64_t head_kv, int64_t page) {
+MONARCH_HD static inline size_t monarch_summary_offset(int32_t head_dim, int64_t n_pages, int64_t head_kv, int64_t page) {
     return (head_kv*n_pages + page/MONARCH_SUMMARY_GROUP*MONARCH_SUMMARY_GROUP)*monarch_summary_size(head_dim);
 }
 
