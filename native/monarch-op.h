@@ -47,6 +47,12 @@ enum monarch_table_field {
     MONARCH_TABLE_HEADER = 16,
 };
 
+// queries that share one choice of pages: about 64 rows
+MONARCH_HD static inline int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens) {
+    const int64_t n = 64/n_gqa < n_tokens ? 64/n_gqa : n_tokens;
+    return n > 1 ? n : 1;
+}
+
 // byte offset of a physical page's block of one KV head in the pool
 MONARCH_HD static inline size_t monarch_pool_offset(const struct monarch_codec * codec, int64_t n_pages, int64_t head_kv, int64_t page) {
     return (head_kv*n_pages + page)*monarch_codec_block_size(codec);
