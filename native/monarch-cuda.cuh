@@ -1072,7 +1072,7 @@ MONARCH_KERNEL monarch_write_log(const monarch_cuda_attend a) {
     __syncthreads();
 
     const int32_t n_run = (n_pages + blockDim.x - 1)/blockDim.x;
-    const int32_t i0    = threadIdx.x*n_run < n_pages ? threadIdx.x*n_run : n_pages;
+    const int32_t i0    = (int32_t) threadIdx.x*n_run < n_pages ? (int32_t) threadIdx.x*n_run : n_pages;
     const int32_t i1    = i0 + n_run < n_pages ? i0 + n_run : n_pages;
     const int32_t ic0   = monarch_lower_bound(chosen, n_chosen, i0);
 
@@ -1478,7 +1478,9 @@ static size_t monarch_page_out_shared(const monarch_codec & codec) {
 //
 
 // scratch that more than one block of queries may take
-#define MONARCH_SCRATCH_MAX (128u << 20)
+#ifndef MONARCH_SCRATCH_MAX
+#    define MONARCH_SCRATCH_MAX (128u << 20)
+#endif
 
 static monarch_op_params monarch_cuda_get_params(const ggml_tensor * dst) {
     monarch_op_params res;
