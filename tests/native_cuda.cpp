@@ -9,14 +9,14 @@
 
 struct cuda_case {
     test_case base;
-    int32_t   residual_k, n_sm, n_steps, threshold, sticky_threshold, n_masked, hot_f32; // threshold: in millionths
+    int32_t   residual_k, n_sm, n_steps, threshold, sticky_threshold, n_masked, hot_f32, q_zero; // threshold: in millionths
 };
 
 static bool cuda_case_read(cuda_case * c) {
     test_case * b = &c->base;
-    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &b->head_dim, &b->n_gqa, &b->n_tokens, &b->page_size, &b->bits_k,
+    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &b->head_dim, &b->n_gqa, &b->n_tokens, &b->page_size, &b->bits_k,
             &b->bits_v, &b->scorer, &b->mode, &b->n_pages, &b->n_promote, &b->n_kv, &b->mask_f32, &c->residual_k, &c->n_sm, &c->n_steps,
-            &c->threshold, &c->sticky_threshold, &c->n_masked, &c->hot_f32) == 19;
+            &c->threshold, &c->sticky_threshold, &c->n_masked, &c->hot_f32, &c->q_zero) == 20;
 }
 
 // bytes with a guard on either side
@@ -189,7 +189,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
         fields[MONARCH_TABLE_COMMITTED] = step == 3 ? 1 : step - 1; // one step fails
 
         for (size_t i = 0; i < n_dst; ++i) {
-            q.set(i, random_value());
+            q.set(i, cc.q_zero ? 0.0f : random_value());
         }
         for (int64_t i = 0; i < c.head_dim*n_head_kv*c.n_kv; ++i) {
             k.set(i, random_value());

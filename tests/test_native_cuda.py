@@ -19,9 +19,13 @@ from monarch_llamacpp import paths
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 
-# no sum may be fused that the plain path does not fuse, as with nvcc; longjmp between fibres is not what glibc's check expects;
-# little scratch, so that many queries take several launches
-FLAGS = ("-ffp-contract=off", "-U_FORTIFY_SOURCE", f"-I{Path(__file__).parent}", "-DMONARCH_SCRATCH_MAX=1000000u", "-Wno-unused-function")
+FLAGS = (
+    f"-I{Path(__file__).parent}",
+    "-ffp-contract=off",  # as with nvcc: nothing is fused that the plain path does not fuse
+    "-U_FORTIFY_SOURCE",  # longjmp from fibre to fibre is not what glibc's check expects
+    "-DMONARCH_SCRATCH_MAX=1000000u",  # little, so that many queries take several launches
+    "-Wno-unused-function",
+)
 
 
 class Case(NamedTuple):
@@ -44,6 +48,7 @@ class Case(NamedTuple):
     sticky_threshold: int = 0
     n_masked: int = 0  # the first slots of the ring, seen by nobody
     hot_f32: int = 0
+    q_zero: int = 0
 
 
 class Result(NamedTuple):
@@ -91,9 +96,9 @@ def check(program: Path, cases: list[Case]) -> list[Result]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_exact(emulation: Path, head_dim: int) -> None:
     cases = [
-        Case(head_dim, n_gqa, n_tokens, page_size, bits_k, bits_v, n_sm=n_sm, residual_k=residual_k, mask_f32=n_tokens > 1)
+        Case(head_dim, n_gqa, n_tokens, page_size, bits_k, bits_v, n_sm=n_sm, residual_k=residual, mask_f32=n_gqa == 5)
         for n_gqa, n_tokens, page_size, n_sm in [(1, 1, 16, 40), (5, 3, 32, 1), (8, 1, 8, 8)]
-        for bits_k, bits_v, residual_k in [(4, 4, 0), (3, 2, 1), (2, 3, 0)]
+        for bits_k, bits_v, residual in [(4, 4, 0), (3, 2, 1), (2, 3, 0)]
     ]
     results = check(emulation, cases)
     for case, result in zip(cases, results, strict=True):
@@ -102,8 +107,9 @@ def test_exact(emulation: Path, head_dim: int) -> None:
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_paged(emulation: Path, head_dim: int) -> None:
+    base = Case(head_dim, mode=PAGED, n_pages=37, n_promote=6, n_steps=3, sticky_threshold=2)
     cases = [
-        Case(head_dim, n_gqa, n_tokens, mode=PAGED, scorer=scorer, n_pages=37, n_promote=6, n_steps=3, sticky_threshold=2)
+        base._replace(n_gqa=n_gqa, n_tokens=n_tokens, scorer=scorer)
         for scorer, n_gqa, n_tokens in [(0, 3, 1), (1, 4, 2)]
     ]
     for case, result in zip(cases, check(emulation, cases), strict=True):
@@ -113,12 +119,11 @@ def test_paged(emulation: Path, head_dim: int) -> None:
 
 def test_many_queries_take_several_launches(emulation: Path) -> None:
     """More blocks of queries than there is scratch for, the last of them not full."""
-    few, many = (
-        run(emulation, [Case(64, n_gqa=8, n_tokens=n, mode=PAGED, n_pages=37, n_promote=6, n_steps=1)])[0] for n in (8, 60)
-    )
+    base = Case(64, n_gqa=8, mode=PAGED, n_pages=37, n_promote=6, n_steps=1)
+    few, many = (run(emulation, [base._replace(n_tokens=n)])[0] for n in (8, 60))
     assert many.n_launches > few.n_launches
     check(emulation, [
-        Case(64, n_gqa, n_tokens, mode=mode, n_pages=37, n_promote=6, n_steps=1, mask_f32=1)
+        base._replace(n_gqa=n_gqa, n_tokens=n_tokens, mode=mode, mask_f32=1)
         for n_gqa, n_tokens, mode in [(8, 60, PAGED), (3, 47, EXACT), (70, 2, PAGED)]
     ])
 
@@ -134,7 +139,8 @@ def test_hot_window_alone(emulation: Path) -> None:
 
 def test_parts_where_all_is_masked(emulation: Path) -> None:
     """Some parts of the ring hold nothing that a query may see."""
-    check(emulation, [Case(64, n_tokens=2, mode=mode, n_kv=300, n_masked=200, n_sm=40) for mode in (WINDOW, EXACT, PAGED)])
+    base = Case(64, n_tokens=2, n_kv=300, n_masked=200, n_sm=40)
+    check(emulation, [base._replace(mode=mode) for mode in (WINDOW, EXACT, PAGED)])
 
 
 @pytest.mark.parametrize("mode", [PAGED, EXACT])
@@ -143,24 +149,32 @@ def test_no_page_yet(emulation: Path, mode: int) -> None:
 
 
 def test_uncompressed_pages(emulation: Path) -> None:
-    check(emulation, [Case(head_dim, bits_k=16, bits_v=16, mode=mode) for head_dim in (64, 80) for mode in (EXACT, PAGED)])
-    check(emulation, [Case(64, bits_k=16, bits_v=4), Case(64, bits_k=4, bits_v=16)])
+    cases = [Case(head_dim, bits_k=16, bits_v=16, mode=mode) for head_dim in (64, 80) for mode in (EXACT, PAGED)]
+    check(emulation, [*cases, Case(64, bits_k=16, bits_v=4), Case(64, bits_k=4, bits_v=16)])
 
 
 def test_sticky_pages_and_a_failed_step(emulation: Path) -> None:
     """The native test lets the third step's predecessor fail: its log must not be applied."""
     sticky = Case(64, mode=PAGED, n_pages=9, n_promote=5, n_steps=8, sticky_threshold=2)
-    results = check(emulation, [sticky, sticky._replace(sticky_threshold=1, scorer=1), sticky._replace(sticky_threshold=0)])
+    sooner, never = sticky._replace(sticky_threshold=1, scorer=1), sticky._replace(sticky_threshold=0)
+    results = check(emulation, [sticky, sooner, never])
     assert results[0].n_dropped > 0 and results[1].n_dropped > 0
     assert results[2].n_dropped == 0
 
 
 def test_threshold_and_budget(emulation: Path) -> None:
     base = Case(64, mode=PAGED, n_pages=300, n_promote=300, n_steps=1, n_sm=40)
-    cases = [base, base._replace(threshold=3000), base._replace(threshold=10**6), base._replace(n_promote=7), base._replace(n_promote=0)]
-    promoted = [result.n_promoted for result in check(emulation, cases)]
+    thresholds = [base._replace(threshold=threshold) for threshold in (0, 3000, 10**6)]
+    budgets = [base._replace(n_promote=n) for n in (7, 0)]
+    promoted = [result.n_promoted for result in check(emulation, thresholds + budgets)]
     assert promoted[0] == 600 and promoted[2] == 0 and promoted[3] == 14 and promoted[4] == 0
     assert 0 < promoted[1] < 600
+
+
+def test_of_equal_pages_the_later_wins(emulation: Path) -> None:
+    """A query of zeros finds all whole pages equal."""
+    base = Case(64, mode=PAGED, n_pages=700, n_steps=1, q_zero=1)
+    check(emulation, [base._replace(n_promote=n) for n in (233, 234, 235)])  # threads look at three pages each
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
