@@ -12,7 +12,7 @@ READY := $(VENV)/ready-$(SETUP)
 
 BINDINGS := llama-cpp-python==$(shell sed -n 's/^llama_cpp_python = //p' LLAMA_CPP_VERSION)
 
-.PHONY: demo test test-long test-convert build lint clean
+.PHONY: demo test test-long test-convert cuda-check build lint clean
 
 demo: build
 	$(PYTHON) scripts/demo.py
@@ -27,6 +27,10 @@ test-long: build
 test-convert: build
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,test-convert]'
 	$(PYTHON) -m pytest -q tests/test_convert_oracle.py
+
+# the CUDA kernels: emulated on the CPU, and compiled where nvcc is found
+cuda-check: build
+	$(PYTHON) -m pytest -q -rs -m "long or not long" tests/test_native_cuda.py
 
 build: $(READY)
 	$(PYTHON) -m monarch_llamacpp build --tools

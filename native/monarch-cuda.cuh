@@ -483,14 +483,11 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
 
 MONARCH_DEVICE void monarch_points_fill(int32_t bits, float * x, float * y) {
     for (int32_t code = threadIdx.x; code < 256; code += blockDim.x) {
-        x[code] = 0.0f;
-        y[code] = 0.0f;
-        if (code >> 2*bits == 0) {
-            switch (bits) {
-                case 2: monarch_polar_point<2>(code, x[code], y[code]); break;
-                case 3: monarch_polar_point<3>(code, x[code], y[code]); break;
-                case 4: monarch_polar_point<4>(code, x[code], y[code]); break;
-            }
+        // bits above a code's own wrap around: there are none of those
+        switch (bits) {
+            case 2: monarch_polar_point<2>(code & 15, x[code], y[code]); break;
+            case 3: monarch_polar_point<3>(code & 63, x[code], y[code]); break;
+            case 4: monarch_polar_point<4>(code,      x[code], y[code]); break;
         }
     }
 }

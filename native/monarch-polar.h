@@ -209,10 +209,11 @@ MONARCH_HD static inline int32_t monarch_quad_v(int32_t n_pairs, int32_t t, int3
     return t/4*n_pairs + p;
 }
 
+// all parts of a block and of a group are aligned for these, and a device loads byte by byte what it does not know to be
 MONARCH_HD static inline uint32_t monarch_load_u32(const uint8_t * src) {
     uint32_t x;
-#ifdef __CUDA_ARCH__
-    x = *(const uint32_t *) src; // all parts of a block are aligned for it
+#ifdef MONARCH_ALIGNED_LOADS
+    x = *(const uint32_t *) src;
 #else
     memcpy(&x, src, sizeof(x));
 #endif
@@ -221,7 +222,7 @@ MONARCH_HD static inline uint32_t monarch_load_u32(const uint8_t * src) {
 
 MONARCH_HD static inline uint16_t monarch_load_u16(const uint8_t * src) {
     uint16_t x;
-#ifdef __CUDA_ARCH__
+#ifdef MONARCH_ALIGNED_LOADS
     x = *(const uint16_t *) src;
 #else
     memcpy(&x, src, sizeof(x));
