@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from native_kernels import EXACT, PAGED, WINDOW, build, upstream_dir
 
-from monarch_llamacpp import builder_cuda, builder_patch, paths
+from monarch_llamacpp import builder_cuda, builder_source, paths
 from monarch_llamacpp.errors import MonarchError
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
@@ -212,14 +212,12 @@ def test_nvcc_compiles_what_calls_the_kernels(name: str, tmp_path: Path) -> None
         cuda = builder_cuda.find_cuda("75")
     except MonarchError as error:
         pytest.skip(str(error))
-    patched = builder_patch.apply_patches(paths.patches_dir(), lambda path: (upstream_dir() / path).read_bytes())
-    for path in ("ggml/include/ggml.h", "ggml/src/ggml-cuda/ggml-cuda.cu"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(patched[path])
-    ours = paths.native_dir() / name
-    source = ours if ours.is_file() else tmp_path / "ggml/src/ggml-cuda/ggml-cuda.cu"
-    src = upstream_dir() / "ggml" / "src"
-    folders = [tmp_path / "ggml/include", paths.native_dir(), src.parent / "include", src, src / "ggml-cuda"]
+    files = builder_source.patched_files(upstream_dir(), paths.patches_dir(), paths.native_dir())
+    needed = {path: file for path, file in files.items() if path.startswith(("ggml/", "monarch/"))}
+    builder_source.sync_tree(tmp_path, needed)
+    [source] = [file for file in tmp_path.rglob(name) if file.is_file()]
+    src = tmp_path / "ggml/src"
+    folders = [tmp_path / "monarch", tmp_path / "ggml/include", src, src / "ggml-cuda"]
     flags = shlex.split(cuda.options.get("CMAKE_CUDA_FLAGS", ""))
     nvcc(source, tmp_path / "out.o", "-arch=sm_75", "-use_fast_math", "-extended-lambda", "-DGGML_CUDA_NO_VMM", *flags,
          *(f"-I{folder}" for folder in folders))
