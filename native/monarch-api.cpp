@@ -137,13 +137,9 @@ int32_t monarch_set_hooks(struct llama_context * ctx, const struct monarch_hooks
 
 int32_t monarch_get_pages(struct llama_context * ctx, llama_seq_id seq_id, struct monarch_page * pages, int32_t n_max) {
     return monarch_api_call([&] {
-        if (seq_id != 0) {
-            throw std::runtime_error("sequence " + std::to_string(seq_id) + ": a paged context holds sequence 0 alone so far");
-        }
-
         const monarch_kv_cache * cache = monarch_api_get_cache(ctx);
         llama_synchronize(ctx);
-        const auto res = cache->get_pages();
+        const auto res = cache->get_pages(seq_id);
 
         std::copy_n(res.begin(), std::min<size_t>(std::max(n_max, 0), res.size()), pages);
 

@@ -223,8 +223,14 @@ static void monarch_attend_log(const monarch_attend * attend, int64_t head_kv, m
         }
     }
 
-    monarch_policy_write_log(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->n_pages_max,
+    // the same head's log gets what other sequences promoted
+    while (attend->locks[head_kv].test_and_set(std::memory_order_acquire)) {
+    }
+
+    monarch_policy_write_log(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->seq, attend->n_pages_max,
             attend->n_pages, attend->table, work->probability, measured, work->n_chosen, work->chosen);
+
+    attend->locks[head_kv].clear(std::memory_order_release);
 }
 
 void monarch_attend_block(
@@ -234,12 +240,11 @@ void monarch_attend_block(
         void                 * work_data,
         monarch_attend_count * count,
         uint64_t             * score_us) {
-    const int64_t n_tokens_all = attend->q->ne[2];
-    const int64_t i_token0     = i_block*attend->n_block;
-    const int64_t n_tokens     = std::min(attend->n_block, n_tokens_all - i_token0);
+    const int64_t i_token0 = i_block*attend->n_block;
+    const int64_t n_tokens = std::min(attend->n_block, attend->n_tokens - i_token0);
 
-    // the last block holds the present query: it alone counts and moves the sticky state
-    const bool is_last   = i_token0 + n_tokens == n_tokens_all;
+    // a sequence's last block holds its present query: it alone counts and moves the sticky state
+    const bool is_last   = attend->is_last && i_token0 + n_tokens == attend->n_tokens;
     const bool is_logged = is_last && attend->mode == MONARCH_MODE_PAGED;
 
     const monarch_kernel * kernel = monarch_kernel_find_cold(attend);
@@ -247,7 +252,7 @@ void monarch_attend_block(
     monarch_work work;
     monarch_work_init(&work, (char *) work_data, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
 
-    monarch_rows_init(attend, head_kv, i_token0, n_tokens, &work);
+    monarch_rows_init(attend, head_kv, attend->i_token + i_token0, n_tokens, &work);
 
     monarch_kernel_find_hot(attend)->hot(attend, head_kv, &work, 0, attend->k->ne[2]);
 

@@ -7,7 +7,9 @@
 #include "monarch-op.h"
 #include "monarch-policy.h"
 
-// what one call of the op works on
+#include <atomic>
+
+// what one call of the op works on; from `seq` on of one run
 struct monarch_attend {
     struct monarch_op_params           op;
     const struct ggml_tensor         * q;
@@ -18,14 +20,20 @@ struct monarch_attend {
     const uint8_t                    * pool;
     const uint8_t                    * summary;
     char                             * state;
-    const struct monarch_table_entry * table;
     struct monarch_policy              policy;
-    int32_t                            mode;
-    int32_t                            n_pages;
     int64_t                            n_pages_max;
     int64_t                            n_head_kv;
     int64_t                            n_gqa;   // query heads per KV head
     int64_t                            n_block; // queries that share one choice of pages
+    std::atomic_flag                 * locks;   // [n_head_kv] of the logs
+
+    int32_t                            seq;
+    int64_t                            i_token;
+    int64_t                            n_tokens;
+    bool                               is_last; // of its sequence in this step
+    int32_t                            mode;
+    const struct monarch_table_entry * table;   // [n_pages]
+    int32_t                            n_pages;
 };
 
 // one query head of one token
@@ -95,8 +103,8 @@ void monarch_attend_say_kernels(const struct monarch_attend * attend);
 // bytes of scratch for one block, or for one part of it
 size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_tokens, int64_t n_pages_max);
 
-// One thread attends a block in one go: tokens [i_block*n_block, ...) of KV head head_kv. Adds to score_us the time spent
-// on choosing pages.
+// One thread attends a block of the run in one go: its tokens from i_block*n_block on, KV head head_kv. Adds to score_us the
+// time spent on choosing pages.
 void monarch_attend_block(
         const struct monarch_attend * attend,
         int64_t                       head_kv,
@@ -105,8 +113,8 @@ void monarch_attend_block(
         struct monarch_attend_count * count,
         uint64_t                    * score_us);
 
-// Several threads share the one block of a KV head, each with a part of the ring and of the pages. All parts finish a stage
-// before one begins the next; works: [n_parts] of monarch_attend_work_size().
+// Several threads share the one block of a KV head, if that is all there is: each has a part of the ring and of the
+// pages. All parts finish a stage before one begins the next; works: [n_parts] of monarch_attend_work_size().
 struct monarch_part {
     int64_t head_kv;
     int64_t i_part;

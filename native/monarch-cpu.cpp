@@ -42,9 +42,6 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
     res.pool        = (const uint8_t *) dst->src[4]->data;
     res.summary     = (const uint8_t *) dst->src[5]->data;
     res.state       = (char *)          dst->src[6]->data;
-    res.table       = (const monarch_table_entry *) (table + MONARCH_TABLE_HEADER);
-    res.mode        = table[MONARCH_TABLE_MODE];
-    res.n_pages     = table[MONARCH_TABLE_N_PAGES];
     res.n_pages_max = dst->src[4]->ne[1];
     res.n_head_kv   = res.k->ne[1];
     res.n_gqa       = res.q->ne[1]/res.n_head_kv;
@@ -58,6 +55,30 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
     return res;
 }
 
+// the same for one run
+static monarch_attend monarch_attend_get_run(const monarch_attend & attend, const ggml_tensor * dst, int32_t i) {
+    const int32_t * table = (const int32_t *) dst->src[7]->data;
+
+    const monarch_table_run   * run   = (const monarch_table_run *) (table + MONARCH_TABLE_HEADER) + i;
+    const monarch_table_entry * pages = (const monarch_table_entry *) (table + monarch_table_head_size(table[MONARCH_TABLE_N_RUNS_MAX]));
+
+    monarch_attend res = attend;
+
+    res.seq      = run->seq;
+    res.i_token  = run->i_token;
+    res.n_tokens = run->n_tokens;
+    res.is_last  = run->is_last;
+    res.mode     = run->mode;
+    res.table    = pages + run->first_page;
+    res.n_pages  = run->n_pages;
+
+    return res;
+}
+
+static int32_t monarch_attend_n_runs(const ggml_tensor * dst) {
+    return ((const int32_t *) dst->src[7]->data)[MONARCH_TABLE_N_RUNS];
+}
+
 // scratch of one block or of one part
 static size_t monarch_attend_scratch_size(const ggml_tensor * dst) {
     const int64_t n_gqa = dst->src[0]->ne[1]/dst->src[1]->ne[1];
@@ -65,29 +86,29 @@ static size_t monarch_attend_scratch_size(const ggml_tensor * dst) {
     return monarch_attend_work_size(dst->src[0]->ne[0], n_gqa, dst->src[0]->ne[2], dst->src[4]->ne[1]);
 }
 
-static int64_t monarch_attend_n_blocks(const ggml_tensor * dst) {
-    const int64_t n_gqa   = dst->src[0]->ne[1]/dst->src[1]->ne[1];
-    const int64_t n_block = monarch_attend_block_size(n_gqa, dst->src[0]->ne[2]);
-
-    return (dst->src[0]->ne[2] + n_block - 1)/n_block;
-}
-
 // parts that a KV head's only block is cut into, so that every thread has as much to do
 static int64_t monarch_attend_n_parts(const ggml_tensor * dst, int64_t n_tasks) {
     const int64_t n_head_kv = dst->src[1]->ne[1];
+    const int64_t n_gqa     = dst->src[0]->ne[1]/n_head_kv;
+    const int64_t n_tokens  = dst->src[0]->ne[2];
 
-    if (monarch_attend_n_blocks(dst) > 1 || n_head_kv % n_tasks == 0) {
+    if (n_tokens > monarch_attend_block_size(n_gqa, n_tokens) || n_head_kv % n_tasks == 0) {
         return 1;
     }
     return std::min(n_tasks/std::gcd(n_tasks, n_head_kv), (2*n_tasks + n_head_kv - 1)/n_head_kv);
 }
 
+// [n_tasks][n_head_kv] counters, [n_head_kv] locks
 static size_t monarch_attend_counts_size(const ggml_tensor * dst, int64_t n_tasks) {
-    return GGML_PAD(n_tasks*dst->src[1]->ne[1]*sizeof(monarch_attend_count), 64);
+    return GGML_PAD((n_tasks*sizeof(monarch_attend_count) + sizeof(std::atomic_flag))*dst->src[1]->ne[1], 64);
 }
 
-// fewer threads may have come than the scratch was planned for
+// fewer threads may have come than the scratch was planned for, and several sequences
 static int64_t monarch_attend_fit_parts(const ggml_compute_params * params, const ggml_tensor * dst) {
+    if (monarch_attend_n_runs(dst) > 1) {
+        return 1;
+    }
+
     const int64_t n_head_kv = dst->src[1]->ne[1];
     const int64_t n_fit     = (params->wsize - monarch_attend_counts_size(dst, params->nth))/monarch_attend_scratch_size(dst)/n_head_kv;
 
@@ -96,14 +117,20 @@ static int64_t monarch_attend_fit_parts(const ggml_compute_params * params, cons
 
 // one block after the other, each by one thread; returns the time spent on choosing pages
 static uint64_t monarch_attend_blocks(const ggml_compute_params * params, const monarch_attend & attend, const ggml_tensor * dst, char * scratch, monarch_attend_count * count) {
-    const int64_t n_blocks = monarch_attend_n_blocks(dst);
-
     uint64_t score_us = 0;
+    int64_t  i        = 0; // of all heads and blocks before this run
 
-    for (int64_t i = params->ith; i < attend.n_head_kv*n_blocks; i += params->nth) {
-        const int64_t h = i/n_blocks;
+    for (int32_t i_run = 0; i_run < monarch_attend_n_runs(dst); ++i_run) {
+        const monarch_attend run = monarch_attend_get_run(attend, dst, i_run);
 
-        monarch_attend_block(&attend, h, i%n_blocks, scratch + params->ith*monarch_attend_scratch_size(dst), &count[h], &score_us);
+        const int64_t n_blocks = (run.n_tokens + run.n_block - 1)/run.n_block;
+
+        for (int64_t j = (params->ith + params->nth - i%params->nth)%params->nth; j < run.n_head_kv*n_blocks; j += params->nth) {
+            const int64_t h = j/n_blocks;
+
+            monarch_attend_block(&run, h, j%n_blocks, scratch + params->ith*monarch_attend_scratch_size(dst), &count[h], &score_us);
+        }
+        i += run.n_head_kv*n_blocks;
     }
     return score_us;
 }
@@ -146,15 +173,16 @@ static uint64_t monarch_attend_parts(const ggml_compute_params * params, const m
 }
 
 static void monarch_attend_forward(const ggml_compute_params * params, ggml_tensor * dst) {
-    const monarch_attend attend = monarch_attend_init(dst);
+    monarch_attend attend = monarch_attend_init(dst);
 
     const int32_t * table   = (const int32_t *) dst->src[7]->data;
     const int64_t   n_parts = monarch_attend_fit_parts(params, dst);
     const int64_t   t_start = ggml_time_us();
 
-    // [n_threads][n_head_kv] counters, then scratch
     monarch_attend_count * counts = (monarch_attend_count *) params->wdata;
     monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
+
+    attend.locks = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
 
     char * scratch = (char *) params->wdata + monarch_attend_counts_size(dst, params->nth);
 
@@ -170,13 +198,15 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
         monarch_policy_apply_log(&attend.policy, head, attend.n_pages_max, table[MONARCH_TABLE_COMMITTED]);
 
         head->step = table[MONARCH_TABLE_STEP];
+
+        attend.locks[h].clear();
     }
 
     ggml_barrier(params->threadpool);
 
     const uint64_t score_us = n_parts == 1 ?
         monarch_attend_blocks(params, attend, dst, scratch, count) :
-        monarch_attend_parts (params, attend, dst, n_parts, scratch, count);
+        monarch_attend_parts (params, monarch_attend_get_run(attend, dst, 0), dst, n_parts, scratch, count);
 
     ggml_barrier(params->threadpool);
 

@@ -70,25 +70,48 @@ struct monarch_cuda_attend {
 };
 
 struct monarch_cuda_group {
-    int32_t i;       // in scratch
-    int32_t head_kv;
-    int32_t i_token; // the first
-    int32_t n_rows;  // there may be fewer tokens in the last block
-    bool    is_last;
+    int32_t                     i;       // in scratch
+    int32_t                     head_kv;
+    int32_t                     i_token; // the first
+    int32_t                     n_rows;  // there may be fewer tokens in a run's last block; 0: no such group
+    int32_t                     seq;
+    bool                        is_last; // holds the present query of its sequence
+    int32_t                     mode;
+    int32_t                     n_pages;
+    const monarch_table_entry * table;   // [n_pages]
 };
 
+// blocks are those of the first run, then those of the next
 MONARCH_DEVICE monarch_cuda_group monarch_group_get(const monarch_cuda_attend & a, int32_t i) {
-    monarch_cuda_group res;
+    const monarch_table_run   * runs  = (const monarch_table_run *) (a.table + MONARCH_TABLE_HEADER);
+    const monarch_table_entry * pages = (const monarch_table_entry *) (a.table + monarch_table_head_size(a.table[MONARCH_TABLE_N_RUNS_MAX]));
+
+    monarch_cuda_group res = {};
 
     res.i       = i;
     res.head_kv = i%a.n_head_kv;
-    res.i_token = (a.i_block + i/a.n_head_kv)*a.n_block;
+    res.mode    = MONARCH_MODE_WINDOW;
 
-    const int32_t n_left = a.n_tokens - res.i_token;
+    int32_t i_block = a.i_block + i/a.n_head_kv;
 
-    res.is_last = n_left <= a.n_block;
-    res.n_rows  = (res.is_last ? n_left : a.n_block)*a.n_gqa;
+    for (int32_t j = 0; j < a.table[MONARCH_TABLE_N_RUNS]; ++j) {
+        const monarch_table_run run      = runs[j];
+        const int32_t           n_blocks = (run.n_tokens + a.n_block - 1)/a.n_block;
 
+        if (i_block < n_blocks) {
+            const int32_t n_left = run.n_tokens - i_block*a.n_block;
+
+            res.i_token = run.i_token + i_block*a.n_block;
+            res.n_rows  = (n_left < a.n_block ? n_left : a.n_block)*a.n_gqa;
+            res.seq     = run.seq;
+            res.is_last = run.is_last && n_left <= a.n_block;
+            res.mode    = run.mode;
+            res.n_pages = run.n_pages;
+            res.table   = pages + run.first_page;
+            break;
+        }
+        i_block -= n_blocks;
+    }
     return res;
 }
 
@@ -109,10 +132,6 @@ MONARCH_DEVICE size_t monarch_row_index(const monarch_cuda_attend & a, const mon
 
 MONARCH_DEVICE size_t monarch_part_index(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t row, int32_t part) {
     return monarch_row_index(a, group, row)*(a.n_hot + a.n_cold) + part;
-}
-
-MONARCH_DEVICE const monarch_table_entry * monarch_table_get(const monarch_cuda_attend & a) {
-    return (const monarch_table_entry *) (a.table + MONARCH_TABLE_HEADER);
 }
 
 MONARCH_DEVICE float monarch_bits_to_float(int32_t bits) {
@@ -587,12 +606,10 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
     const int32_t i_page = lane/codec.page_size;
     const int32_t t      = lane%codec.page_size;
 
-    const int32_t mode      = a.table[MONARCH_TABLE_MODE];
-    const bool    is_logged = group.is_last && mode == MONARCH_MODE_PAGED;
+    const bool    is_logged = group.is_last && group.mode == MONARCH_MODE_PAGED;
     const int32_t n_chosen  = a.n_chosen[group.i];
 
-    const int32_t             * chosen = a.chosen + (size_t) group.i*a.n_pages_max;
-    const monarch_table_entry * table  = monarch_table_get(a);
+    const int32_t * chosen = a.chosen + (size_t) group.i*a.n_pages_max;
 
     const monarch_tile tile = monarch_tile_get<ROWS>(shared, head_dim);
     monarch_tile_begin<ROWS>(a, group, row0, n_rows, codec.bits_k != 16, tile);
@@ -606,10 +623,10 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
     for (int32_t ic0 = blockIdx.x*n_pages; ic0 < n_chosen; ic0 += a.n_cold*n_pages) {
         if ((int32_t) threadIdx.x < n_pages) {
             const int32_t ic = ic0 + threadIdx.x;
-            const int32_t i  = ic < n_chosen && mode == MONARCH_MODE_PAGED ? chosen[ic] : ic;
+            const int32_t i  = ic < n_chosen && group.mode == MONARCH_MODE_PAGED ? chosen[ic] : ic;
 
-            tile.page [threadIdx.x] = ic < n_chosen ? table[i].page : -1;
-            tile.valid[threadIdx.x] = ic < n_chosen ? (int32_t) table[i].mask : 0;
+            tile.page [threadIdx.x] = ic < n_chosen ? group.table[i].page : -1;
+            tile.valid[threadIdx.x] = ic < n_chosen ? (int32_t) group.table[i].mask : 0;
         }
         __syncthreads();
 

@@ -15,14 +15,14 @@ MONARCH_KERNEL monarch_score_pages(const monarch_cuda_attend a, const int32_t n_
     const monarch_cuda_group group = monarch_group_get(a, blockIdx.y);
 
     const int32_t head_dim = a.op.codec.head_dim;
-    const int32_t n_pages  = a.table[MONARCH_TABLE_N_PAGES];
+    const int32_t n_pages  = group.n_pages;
     const int32_t i        = blockIdx.x*blockDim.x + threadIdx.x;
 
-    if (a.table[MONARCH_TABLE_MODE] != MONARCH_MODE_PAGED || (int32_t) (blockIdx.x*blockDim.x) >= n_pages) {
+    if (group.mode != MONARCH_MODE_PAGED || (int32_t) (blockIdx.x*blockDim.x) >= n_pages) {
         return;
     }
 
-    const monarch_table_entry entry = monarch_table_get(a)[i < n_pages ? i : 0];
+    const monarch_table_entry entry = group.table[i < n_pages ? i : 0];
 
     const uint8_t * summary = a.summary + monarch_summary_offset(head_dim, a.n_pages_max, group.head_kv, entry.page);
     const float     n_valid = (float) monarch_mask_count(entry.mask);
@@ -55,10 +55,10 @@ MONARCH_KERNEL monarch_estimate_rows(const monarch_cuda_attend a) {
 
     const monarch_cuda_group group = monarch_group_get(a, blockIdx.y);
 
-    const int32_t n_pages = a.table[MONARCH_TABLE_N_PAGES];
+    const int32_t n_pages = group.n_pages;
     const int32_t row     = blockIdx.x;
 
-    if (a.table[MONARCH_TABLE_MODE] != MONARCH_MODE_PAGED || row >= group.n_rows) {
+    if (group.mode != MONARCH_MODE_PAGED || row >= group.n_rows) {
         return;
     }
 
@@ -95,7 +95,7 @@ MONARCH_KERNEL monarch_estimate_pages(const monarch_cuda_attend a) {
 
     const int32_t i = blockIdx.x*blockDim.x + threadIdx.x;
 
-    if (a.table[MONARCH_TABLE_MODE] != MONARCH_MODE_PAGED || i >= a.table[MONARCH_TABLE_N_PAGES]) {
+    if (group.mode != MONARCH_MODE_PAGED || i >= group.n_pages) {
         return;
     }
 
@@ -161,8 +161,8 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
 
     const monarch_cuda_group group = monarch_group_get(a, blockIdx.x);
 
-    const int32_t mode    = a.table[MONARCH_TABLE_MODE];
-    const int32_t n_pages = a.table[MONARCH_TABLE_N_PAGES];
+    const int32_t mode    = group.mode;
+    const int32_t n_pages = group.n_pages;
 
     if (mode != MONARCH_MODE_PAGED) {
         if (threadIdx.x == 0) {
@@ -172,7 +172,7 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
     }
 
     const monarch_policy        policy = monarch_policy_get(a);
-    const monarch_table_entry * table  = monarch_table_get(a);
+    const monarch_table_entry * table  = group.table;
 
     monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
 
@@ -293,33 +293,28 @@ MONARCH_DEVICE int32_t monarch_lower_bound(const int32_t * list, int32_t n, int3
     return lo;
 }
 
-// what the last block of queries promoted; grid: KV heads; shared: MONARCH_SELECT_THREADS integers
-MONARCH_KERNEL monarch_write_log(const monarch_cuda_attend a) {
-    MONARCH_SHARED(shared);
+// a page's entry in the log that another sequence made in this step; null: none
+MONARCH_DEVICE monarch_log_entry * monarch_log_find(monarch_log_entry * log, int32_t n_log, const int32_t * index, int32_t page) {
+    const int32_t i = index[page]; // of a page that was never logged it is anything
 
-    const monarch_cuda_group group = monarch_group_get(a, (a.n_blocks - 1)*a.n_head_kv + blockIdx.x);
+    return i >= 0 && i < n_log && log[i].page == page ? &log[i] : nullptr;
+}
 
+// what one sequence's present query promoted; by a whole block of threads
+MONARCH_DEVICE void monarch_write_group_log(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t * sums) {
     monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
 
-    const bool    is_paged = a.table[MONARCH_TABLE_MODE] == MONARCH_MODE_PAGED;
-    const int32_t n_pages  = a.table[MONARCH_TABLE_N_PAGES];
-    const int32_t n_chosen = a.n_chosen[group.i];
+    const monarch_policy  policy   = monarch_policy_get(a);
+    const int32_t         n_pages  = group.n_pages;
+    const int32_t         n_chosen = a.n_chosen[group.i];
+    const int32_t         n_before = head->n_log;
 
-    if (threadIdx.x == 0) {
-        head->log_promoted = n_chosen;
-        head->log_scored   = is_paged ? n_pages : 0;
-    }
-    if (!is_paged) {
-        return;
-    }
-
-    const monarch_policy        policy = monarch_policy_get(a);
-    const monarch_table_entry * table  = monarch_table_get(a);
-
-    const uint8_t * count       = monarch_head_state_count(head, a.n_pages_max);
-    const float   * probability = a.probability + (size_t) group.i*a.n_pages_max;
-    const int32_t * chosen      = a.chosen      + (size_t) group.i*a.n_pages_max;
-    float         * measured    = a.rank        + (size_t) group.i*a.n_pages_max; // the choice is made by now
+    const uint8_t     * count       = monarch_head_state_count    (head, a.n_pages_max);
+    int32_t           * index       = monarch_head_state_log_index(head, a.n_pages_max);
+    monarch_log_entry * log         = monarch_head_state_log(head);
+    const float       * probability = a.probability + (size_t) group.i*a.n_pages_max;
+    const int32_t     * chosen      = a.chosen      + (size_t) group.i*a.n_pages_max;
+    float             * measured    = a.rank        + (size_t) group.i*a.n_pages_max; // the choice is made by now
 
     for (int32_t ic = threadIdx.x; ic < n_chosen; ic += blockDim.x) {
         float res = 0.0f;
@@ -337,34 +332,70 @@ MONARCH_KERNEL monarch_write_log(const monarch_cuda_attend a) {
     const int32_t i1    = i0 + n_run < n_pages ? i0 + n_run : n_pages;
     const int32_t ic0   = monarch_lower_bound(chosen, n_chosen, i0);
 
-    monarch_log_entry * log = monarch_head_state_log(head);
-
-    int32_t n_log = 0; // before this thread's own
+    int32_t n_log = n_before; // and the new entries of the threads before this one
     for (int32_t pass = 0; pass < 2; ++pass) {
-        int32_t n_own = 0;
+        int32_t n_new = 0;
         int32_t ic    = ic0;
 
         for (int32_t i = i0; i < i1; ++i) {
-            const int32_t page      = table[i].page;
+            const int32_t page      = group.table[i].page;
             const bool    is_sticky = monarch_policy_is_sticky(&policy, count[page]);
             const bool    is_chosen = ic < n_chosen && chosen[ic] == i;
 
-            if (pass == 1 && (is_sticky || is_chosen)) {
-                monarch_log_entry * entry = &log[n_log + n_own];
-
-                entry->page      = page;
-                entry->flags     = (is_chosen ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
-                entry->estimated = probability[i];
-                entry->measured  = is_chosen ? measured[ic] : 0.0f;
+            if (!is_sticky && !is_chosen) {
+                continue;
             }
-            n_own += is_sticky || is_chosen;
-            ic    += is_chosen;
+
+            monarch_log_entry * entry = monarch_log_find(log, n_before, index, page);
+
+            if (!entry && pass == 1) {
+                index[page] = n_log + n_new;
+                entry       = &log[index[page]];
+                *entry      = { page, 0, INT16_MAX, 0.0f, 0.0f };
+                n_new++;
+            } else {
+                n_new += !entry;
+            }
+            if (pass == 1) {
+                entry->flags    |= (is_chosen ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
+                entry->estimated = fmaxf(entry->estimated, probability[i]);
+                if (is_chosen) {
+                    entry->seq      = entry->seq < group.seq ? entry->seq : (int16_t) group.seq;
+                    entry->measured = fmaxf(entry->measured, measured[ic]);
+                }
+            }
+            ic += is_chosen;
         }
         if (pass == 0) {
-            n_log = monarch_block_scan(n_own, (int32_t *) shared) - n_own;
+            n_log += monarch_block_scan(n_new, sums) - n_new;
         }
     }
+    __syncthreads();
+
     if (threadIdx.x == 0) {
-        head->n_log = ((const int32_t *) shared)[blockDim.x - 1];
+        head->n_log = n_before + sums[blockDim.x - 1];
+    }
+    __syncthreads();
+}
+
+// one sequence after the other: they may share pages; grid: KV heads; shared: MONARCH_SELECT_THREADS integers
+MONARCH_KERNEL monarch_write_log(const monarch_cuda_attend a) {
+    MONARCH_SHARED(shared);
+
+    for (int32_t i = 0; i < a.n_blocks; ++i) {
+        const monarch_cuda_group group = monarch_group_get(a, i*a.n_head_kv + blockIdx.x);
+
+        if (group.n_rows == 0 || !group.is_last) {
+            continue;
+        }
+        if (threadIdx.x == 0) {
+            monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
+
+            head->log_promoted += a.n_chosen[group.i];
+            head->log_scored   += group.mode == MONARCH_MODE_PAGED ? group.n_pages : 0;
+        }
+        if (group.mode == MONARCH_MODE_PAGED) {
+            monarch_write_group_log(a, group, (int32_t *) shared);
+        }
     }
 }

@@ -92,7 +92,7 @@ static monarch_cuda_attend monarch_cuda_plan(const ggml_tensor * dst, int32_t n_
 
     a.n_blocks = 1;
     const size_t size = monarch_cuda_take_scratch(a, nullptr) - (char *) nullptr;
-    a.n_blocks = monarch_cuda_clamp(MONARCH_SCRATCH_MAX/size, 1, n_blocks);
+    a.n_blocks = monarch_cuda_clamp(MONARCH_SCRATCH_MAX/size, 1, a.n_tokens);
 
     return a;
 }
@@ -155,7 +155,8 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
     a.table   = (const int32_t *) dst->src[7]->data;
 
     const int32_t head_dim     = a.op.codec.head_dim;
-    const int32_t n_blocks_all = (a.n_tokens + a.n_block - 1)/a.n_block;
+    // how many runs there are is not known here: at most one to a token; groups that are not there cost little
+    const int32_t n_blocks_all = a.n_tokens;
     const int32_t n_blocks     = a.n_blocks;
 
     MONARCH_LAUNCH(monarch_apply_log, a.n_head_kv, MONARCH_THREADS, 0, stream, a);
@@ -171,10 +172,8 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
         monarch_cuda_launch_select(a, n_groups, stream);
         monarch_cuda_launch_attend(a, n_groups, false, stream);
         MONARCH_LAUNCH(monarch_attend_merge, rows, MONARCH_THREADS, 3*head_dim*sizeof(float), stream, a);
+        MONARCH_LAUNCH(monarch_write_log, a.n_head_kv, MONARCH_SELECT_THREADS, MONARCH_SELECT_THREADS*sizeof(int32_t), stream, a);
     }
-
-    a.i_block -= n_blocks; // the last launch
-    MONARCH_LAUNCH(monarch_write_log, a.n_head_kv, MONARCH_SELECT_THREADS, MONARCH_SELECT_THREADS*sizeof(int32_t), stream, a);
 }
 
 static void monarch_cuda_forward_page_out(ggml_tensor * dst, cudaStream_t stream) {

@@ -17,7 +17,7 @@ public:
     void set_input(const llama_ubatch * ubatch) override {
         llm_graph_input_attn_kv::set_input(ubatch);
 
-        get_cache()->set_input_table(table);
+        get_cache()->set_input_table(table, *ubatch);
         get_cache()->set_input_page_outs(page_outs);
     }
 
@@ -26,7 +26,7 @@ public:
         return static_cast<const monarch_kv_cache_context *>(mctx)->get_cache();
     }
 
-    ggml_tensor * table;     // I32 [MONARCH_TABLE_HEADER + 2*n_pages]
+    ggml_tensor * table;     // I32, monarch-op.h
     ggml_tensor * page_outs; // I32 [1 + n_max*(1 + page_size)]
 };
 

@@ -1,14 +1,17 @@
 // States of a paged cache. One layout for every backend and every order of physical pages:
 //
 //   header      monarch_state_header
-//   pages       (first position, token mask) each, ascending
-//   positions   of the hot tokens, ascending
+//   sequences   monarch_state_seq each, ascending, those that hold anything
+//   pages       monarch_state_page each, of one sequence after the other, ascending
+//   tokens      monarch_state_token each, the hot ones, likewise
 //   crc         of all of the above
-//   hot         per layer: K rows, V rows in the order of the positions
+//   hot         per layer: K rows, V rows
 //   crc         of the hot part
 //   pages       each: blocks of every layer and KV head, then their summaries, then the crc of both
 //   sticky      per layer and KV head: promotions, scored, importance of every page, count of every page
 //   crc         of the sticky part
+//
+// What sequences share is there once: pages and hot tokens are numbered in the order in which they are first named.
 //
 // Reading stages everything, checks it, and only then replaces what the cache holds.
 
@@ -24,7 +27,7 @@
 #include <cstring>
 
 static const uint32_t MONARCH_STATE_MAGIC   = 0x4348434d; // "MCHC"; a stock state starts with its number of streams
-static const uint32_t MONARCH_STATE_VERSION = 1;
+static const uint32_t MONARCH_STATE_VERSION = 2;
 
 struct monarch_state_header {
     uint32_t magic;
@@ -42,15 +45,27 @@ struct monarch_state_header {
     uint32_t scorer;
     uint32_t sink_tokens;
     uint32_t hot_window;
+    uint32_t n_seqs;
     uint32_t n_pages;
     uint32_t n_hot;
-    uint32_t reserved;
     uint64_t n_page_outs;
 };
 
+struct monarch_state_seq {
+    int32_t  seq_id;
+    uint32_t n_pages;
+    uint32_t n_hot;
+};
+
 struct monarch_state_page {
+    uint32_t index;
     int32_t  first_pos;
     uint32_t mask;
+};
+
+struct monarch_state_token {
+    uint32_t  index;
+    llama_pos pos;
 };
 
 struct monarch_state_counts {
@@ -59,18 +74,21 @@ struct monarch_state_counts {
 };
 
 struct monarch_paged_state {
-    monarch_state_header            header;
-    std::vector<monarch_state_page> pages;
-    std::vector<llama_pos>          pos;
-    std::vector<int32_t>            slots; // of pos in the ring
-    std::vector<uint8_t>            hot;
-    std::vector<uint8_t>            cold;
-    std::vector<uint8_t>            sticky;
+    monarch_state_header             header;
+    std::vector<monarch_state_seq>   seqs;
+    std::vector<monarch_state_page>  pages;
+    std::vector<monarch_state_token> tokens;
+    std::vector<int32_t>             phys;  // [n_pages] where they are in this cache
+    std::vector<uint32_t>            slots; // [n_hot]
+    std::vector<uint8_t>             hot;
+    std::vector<uint8_t>             cold;
+    std::vector<uint8_t>             sticky;
 
     uint32_t crc() const {
         uint32_t res = monarch_crc(0, &header, sizeof(header));
+        res = monarch_crc(res, seqs.data(), seqs.size()*sizeof(seqs[0]));
         res = monarch_crc(res, pages.data(), pages.size()*sizeof(pages[0]));
-        return monarch_crc(res, pos.data(), pos.size()*sizeof(pos[0]));
+        return monarch_crc(res, tokens.data(), tokens.size()*sizeof(tokens[0]));
     }
 };
 
@@ -90,15 +108,33 @@ size_t monarch_kv_cache::paged_sticky_size(uint32_t n) const {
     return layers.size()*n_head_kv*(sizeof(monarch_state_counts) + n*(sizeof(float) + 1));
 }
 
-monarch_paged_state monarch_kv_cache::paged_describe() const {
+// the number of x in the list, to whose end it goes if it is new
+template <typename T>
+static uint32_t monarch_state_index(std::vector<T> & list, std::vector<int32_t> & numbers, T x) {
+    if (numbers[x] < 0) {
+        numbers[x] = list.size();
+        list.push_back(x);
+    }
+    return numbers[x];
+}
+
+monarch_paged_state monarch_kv_cache::paged_describe(llama_seq_id seq_id) const {
     monarch_paged_state res = {};
 
-    for (const auto & page : table.get_pages()) {
-        res.pages.push_back({ page.first_pos, page.mask });
-    }
-    for (const auto & [pos, slot] : v_cells[0].seq_pos_get(0)) {
-        res.pos  .push_back(pos);
-        res.slots.push_back(slot);
+    std::vector<int32_t> page_numbers(n_pages_max, -1);
+    std::vector<int32_t> slot_numbers(get_size(),  -1);
+
+    for (int32_t s = 0; s < (int32_t) n_seqs(); ++s) {
+        if ((seq_id >= 0 && seq_id != s) || n_tokens(s) == 0) {
+            continue;
+        }
+        for (const auto & page : tables[s].get_pages()) {
+            res.pages.push_back({ monarch_state_index(res.phys, page_numbers, page.phys), page.first_pos, page.mask });
+        }
+        for (const auto & [pos, slot] : v_cells[0].seq_pos_get(s)) {
+            res.tokens.push_back({ monarch_state_index(res.slots, slot_numbers, slot), pos });
+        }
+        res.seqs.push_back({ s, tables[s].n_pages(), (uint32_t) v_cells[0].seq_pos_get(s).size() });
     }
 
     res.header.magic       = MONARCH_STATE_MAGIC;
@@ -116,8 +152,9 @@ monarch_paged_state monarch_kv_cache::paged_describe() const {
     res.header.scorer      = knobs.scorer;
     res.header.sink_tokens = knobs.sink_tokens;
     res.header.hot_window  = knobs.hot_window;
-    res.header.n_pages     = res.pages.size();
-    res.header.n_hot       = res.pos.size();
+    res.header.n_seqs      = res.seqs.size();
+    res.header.n_pages     = res.phys.size();
+    res.header.n_hot       = res.slots.size();
     res.header.n_page_outs = n_page_outs;
 
     return res;
@@ -136,54 +173,48 @@ static void monarch_state_put(llama_io_write_i & io, const void * data, size_t s
 void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
 
-    monarch_paged_state state = paged_describe();
-
-    if (seq_id > 0) {
-        state.pages.clear();
-        state.pos  .clear();
-        state.header.n_pages = 0;
-        state.header.n_hot   = 0;
-    }
+    const monarch_paged_state state = paged_describe(seq_id);
 
     const uint32_t crc = state.crc();
 
     monarch_state_put(io, &state.header, sizeof(state.header));
+    monarch_state_put(io, state.seqs.data(), state.seqs.size()*sizeof(state.seqs[0]));
     monarch_state_put(io, state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
-    monarch_state_put(io, state.pos.data(), state.pos.size()*sizeof(state.pos[0]));
+    monarch_state_put(io, state.tokens.data(), state.tokens.size()*sizeof(state.tokens[0]));
     monarch_state_put(io, &crc, sizeof(crc));
 
-    if (seq_id > 0) {
+    if (state.seqs.empty()) {
         return;
     }
 
-    paged_write_hot(io);
-    for (const auto & page : table.get_pages()) {
-        paged_write_page(io, page);
+    paged_write_hot(io, state);
+    for (const int32_t phys : state.phys) {
+        paged_write_page(io, phys);
     }
-    paged_write_sticky(io);
+    paged_write_sticky(io, state);
 }
 
-// one tensor of the ring, in order of position; returns the crc that goes on
-static uint32_t monarch_state_write_rows(llama_io_write_i & io, ggml_tensor * ring, const std::set<std::pair<llama_pos, uint32_t>> & order, uint32_t crc) {
+// slots of one tensor of the ring; returns the crc that goes on
+static uint32_t monarch_state_write_rows(llama_io_write_i & io, ggml_tensor * ring, const std::vector<uint32_t> & slots, uint32_t crc) {
     const size_t size = ggml_row_size(ring->type, ring->ne[0]);
 
-    for (const auto & [pos, slot] : order) {
+    for (const uint32_t slot : slots) {
         io.write_tensor(ring, slot*ring->nb[1], size);
         crc = monarch_crc(crc, (const char *) ring->data + slot*ring->nb[1], size);
     }
     return crc;
 }
 
-void monarch_kv_cache::paged_write_hot(llama_io_write_i & io) const {
+void monarch_kv_cache::paged_write_hot(llama_io_write_i & io, const monarch_paged_state & state) const {
     uint32_t crc = 0;
     for (const auto & layer : layers) {
-        crc = monarch_state_write_rows(io, layer.k, v_cells[0].seq_pos_get(0), crc);
-        crc = monarch_state_write_rows(io, layer.v, v_cells[0].seq_pos_get(0), crc);
+        crc = monarch_state_write_rows(io, layer.k, state.slots, crc);
+        crc = monarch_state_write_rows(io, layer.v, state.slots, crc);
     }
     io.write(&crc, sizeof(crc));
 }
 
-void monarch_kv_cache::paged_write_page(llama_io_write_i & io, const monarch_page_table::page & page) const {
+void monarch_kv_cache::paged_write_page(llama_io_write_i & io, int32_t phys) const {
     const monarch_codec codec = get_op_params(0, 0.0f).codec;
     const size_t        size  = monarch_codec_block_size(&codec);
 
@@ -193,7 +224,7 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, const monarch_pag
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const size_t offset = monarch_pool_offset(&codec, n_pages_max, h, page.phys);
+            const size_t offset = monarch_pool_offset(&codec, n_pages_max, h, phys);
 
             io.write_tensor(cold.pool, offset, size);
             crc = monarch_crc(crc, (const char *) cold.pool->data + offset, size);
@@ -201,8 +232,8 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, const monarch_pag
     }
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_summary_get(head_dim, (const uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys),
-                    page.phys%MONARCH_SUMMARY_GROUP, summary.data());
+            monarch_summary_get(head_dim, (const uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys),
+                    phys%MONARCH_SUMMARY_GROUP, summary.data());
 
             io.write(summary.data(), summary.size());
             crc = monarch_crc(crc, summary.data(), summary.size());
@@ -213,7 +244,7 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, const monarch_pag
 }
 
 // as the next step will find it: the last step's promotions are counted
-void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io) const {
+void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io, const monarch_paged_state & state) const {
     const size_t size = monarch_head_state_size(n_pages_max);
 
     monarch_policy policy = {};
@@ -233,12 +264,12 @@ void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io) const {
             const monarch_state_counts counts = { head->n_promotions, head->n_scored };
 
             data.insert(data.end(), (const uint8_t *) &counts, (const uint8_t *) (&counts + 1));
-            for (const auto & page : table.get_pages()) {
-                const uint8_t * importance = (const uint8_t *) (monarch_head_state_importance(head, n_pages_max) + page.phys);
+            for (const int32_t phys : state.phys) {
+                const uint8_t * importance = (const uint8_t *) (monarch_head_state_importance(head, n_pages_max) + phys);
                 data.insert(data.end(), importance, importance + sizeof(float));
             }
-            for (const auto & page : table.get_pages()) {
-                data.push_back(monarch_head_state_count(head, n_pages_max)[page.phys]);
+            for (const int32_t phys : state.phys) {
+                data.push_back(monarch_head_state_count(head, n_pages_max)[phys]);
             }
         }
     }
@@ -277,64 +308,164 @@ static void monarch_state_check_header(const monarch_state_header & got, const m
     monarch_state_check(got.sink_tokens == want.sink_tokens && got.hot_window == want.hot_window, "other sink_tokens or hot_window");
 }
 
-// positions ascend: sink tokens, pages, the hot window
-static void monarch_state_check_positions(const monarch_paged_state & state, uint32_t n_ctx) {
-    const uint32_t mask_max = UINT32_MAX >> (32 - state.header.page_size);
+// numbers come in the order in which they are first named, and what sequences share lies at one place
+template <typename T>
+static void monarch_state_check_index(std::vector<T> & named, const T & entry) {
+    monarch_state_check(entry.index <= named.size(), "damaged numbers");
 
-    size_t  n_tokens = state.pos.size();
-    int64_t end      = 0;
-    for (const auto & page : state.pages) {
-        const monarch_page_table::page entry = { 0, page.first_pos, page.mask };
-
-        monarch_state_check(page.mask != 0 && page.mask <= mask_max && page.first_pos >= 0 && page.first_pos < INT32_MAX - 32, "a damaged page table");
-        monarch_state_check(entry.begin() >= end, "a damaged page table");
-
-        n_tokens += entry.n_tokens();
-        end       = entry.end();
-    }
-    monarch_state_check(n_tokens <= n_ctx, "it holds more tokens than n_ctx");
-
-    const int64_t begin = state.pages.empty() ? 0 : state.pages[0].first_pos;
-
-    int64_t last = -1;
-    for (const llama_pos pos : state.pos) {
-        monarch_state_check(pos > last && (pos < begin || pos >= end), "damaged positions");
-        last = pos;
+    if (entry.index == named.size()) {
+        named.push_back(entry);
     }
 }
 
-void monarch_kv_cache::paged_read(llama_io_read_i & io) {
-    const monarch_state_header want = paged_describe().header;
+static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch_state_page * pages, const monarch_state_token * tokens, uint32_t mask_max, uint32_t n_ctx_seq) {
+    std::vector<llama_pos> pos;
+
+    llama_pos begin = -1;
+    for (uint32_t i = 0; i < seq.n_pages; ++i) {
+        const monarch_page_table::page page = { 0, pages[i].first_pos, pages[i].mask };
+
+        monarch_state_check(page.mask != 0 && page.mask <= mask_max && page.first_pos >= 0 && page.first_pos < INT32_MAX - 32, "a damaged page table");
+        monarch_state_check(page.begin() > begin, "a damaged page table");
+
+        begin = page.begin();
+
+        for (int32_t j = 0; j < 32; ++j) {
+            if (page.mask >> j & 1) {
+                pos.push_back(page.first_pos + j);
+            }
+        }
+    }
+
+    for (uint32_t i = 0; i < seq.n_hot; ++i) {
+        monarch_state_check(tokens[i].pos >= 0 && (i == 0 || tokens[i].pos > tokens[i - 1].pos), "damaged positions");
+        pos.push_back(tokens[i].pos);
+    }
+
+    std::sort(pos.begin(), pos.end());
+
+    monarch_state_check(std::adjacent_find(pos.begin(), pos.end()) == pos.end(), "damaged positions");
+    monarch_state_check(pos.size() <= n_ctx_seq, "it holds more tokens than n_ctx");
+}
+
+static void monarch_state_check_seqs(const monarch_paged_state & state, uint32_t n_ctx_seq) {
+    const uint32_t mask_max = UINT32_MAX >> (32 - state.header.page_size);
+
+    std::vector<monarch_state_page>  pages;
+    std::vector<monarch_state_token> tokens;
+
+    const monarch_state_page  * page  = state.pages .data();
+    const monarch_state_token * token = state.tokens.data();
+
+    for (const auto & seq : state.seqs) {
+        monarch_state_check_seq(seq, page, token, mask_max, n_ctx_seq);
+
+        for (uint32_t i = 0; i < seq.n_pages; ++i, ++page) {
+            monarch_state_check_index(pages, *page);
+            monarch_state_check(page->first_pos == pages[page->index].first_pos, "a damaged page table");
+        }
+        for (uint32_t i = 0; i < seq.n_hot; ++i, ++token) {
+            monarch_state_check_index(tokens, *token);
+            monarch_state_check(token->pos == tokens[token->index].pos, "damaged positions");
+        }
+    }
+
+    monarch_state_check(pages.size() == state.header.n_pages && tokens.size() == state.header.n_hot, "damaged numbers");
+}
+
+// sequences ascend and hold something; one sequence may go to another number
+static void monarch_state_check_ids(const monarch_paged_state & state, llama_seq_id seq_id, uint32_t n_seqs) {
+    monarch_state_check(seq_id < 0 || state.seqs.size() <= 1, "it holds several sequences");
+
+    for (size_t i = 0; i < state.seqs.size(); ++i) {
+        monarch_state_check(i == 0 || state.seqs[i].seq_id > state.seqs[i - 1].seq_id, "damaged sequences");
+        monarch_state_check(state.seqs[i].seq_id >= 0 && state.seqs[i].n_pages + state.seqs[i].n_hot > 0, "damaged sequences");
+        monarch_state_check(seq_id >= 0 || (uint32_t) state.seqs[i].seq_id < n_seqs, "it holds a sequence that this context has no place for: raise n_seq_max");
+    }
+}
+
+void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    const monarch_state_header want = paged_describe(0).header;
 
     monarch_paged_state state = {};
 
     state.header.magic = MONARCH_STATE_MAGIC;
     io.read((char *) &state.header + sizeof(uint32_t), sizeof(state.header) - sizeof(uint32_t));
 
-    monarch_state_check_header(state.header, want);
-    monarch_state_check(state.header.n_pages <= n_pages_max && state.header.n_hot <= get_size(), "it holds more than this context can");
+    const auto & header = state.header;
 
-    state.pages.resize(state.header.n_pages);
-    state.pos  .resize(state.header.n_hot);
+    monarch_state_check_header(header, want);
+    monarch_state_check(header.n_seqs <= LLAMA_MAX_SEQ && header.n_pages <= n_pages_max && header.n_hot <= get_size(), "it holds more than this context can");
+
+    state.seqs.resize(header.n_seqs);
+    io.read(state.seqs.data(), state.seqs.size()*sizeof(state.seqs[0]));
+
+    size_t n_pages = 0;
+    size_t n_hot   = 0;
+    for (const auto & seq : state.seqs) {
+        monarch_state_check(seq.n_pages <= header.n_pages && seq.n_hot <= header.n_hot, "a damaged header");
+        n_pages += seq.n_pages;
+        n_hot   += seq.n_hot;
+    }
+
+    state.pages .resize(n_pages);
+    state.tokens.resize(n_hot);
 
     io.read(state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
-    io.read(state.pos.data(), state.pos.size()*sizeof(state.pos[0]));
+    io.read(state.tokens.data(), state.tokens.size()*sizeof(state.tokens[0]));
 
     monarch_state_check(monarch_state_get<uint32_t>(io) == state.crc(), "a damaged header");
-    monarch_state_check_positions(state, n_ctx);
+    monarch_state_check_ids (state, seq_id, n_seqs());
+    monarch_state_check_seqs(state, n_ctx_seq);
 
-    if (state.pages.empty() && state.pos.empty()) {
-        clear(false);
-        return;
+    if (!state.seqs.empty()) {
+        monarch_state_read_part(io, paged_hot_size(header.n_hot), state.hot, "a damaged hot window");
+        for (size_t i = 0; i < header.n_pages; ++i) {
+            monarch_state_read_part(io, paged_page_size(), state.cold, "a damaged page");
+        }
+        monarch_state_read_part(io, paged_sticky_size(header.n_pages), state.sticky, "a damaged sticky state");
     }
 
-    monarch_state_read_part(io, paged_hot_size(state.pos.size()), state.hot, "a damaged hot window");
-    for (size_t i = 0; i < state.pages.size(); ++i) {
-        monarch_state_read_part(io, paged_page_size(), state.cold, "a damaged page");
-    }
-    monarch_state_read_part(io, paged_sticky_size(state.pages.size()), state.sticky, "a damaged sticky state");
+    bool is_alone = false;
 
-    paged_restore(state);
+    replace(seq_id, [&]() {
+        is_alone = n_tokens() == 0;
+        paged_place(state, seq_id);
+    });
+
+    paged_restore(state, is_alone);
+}
+
+// page tables and cells
+void monarch_kv_cache::paged_place(monarch_paged_state & state, llama_seq_id seq_id) {
+    monarch_state_check(pool.n_free() >= state.header.n_pages && n_hot() + state.header.n_hot <= get_size(), "it holds more than there is room for");
+
+    const monarch_state_page  * page  = state.pages .data();
+    const monarch_state_token * token = state.tokens.data();
+
+    std::vector<bool> is_taken(get_size());
+
+    for (const auto & seq : state.seqs) {
+        const llama_seq_id dst = seq_id < 0 ? seq.seq_id : seq_id;
+
+        for (uint32_t i = 0; i < seq.n_pages; ++i, ++page) {
+            if (page->index == state.phys.size()) {
+                state.phys.push_back(pool.take(monarch_mask_count(page->mask)));
+            } else {
+                pool.share(state.phys[page->index]);
+            }
+            tables[dst].push(state.phys[page->index], page->first_pos, page->mask);
+        }
+        for (uint32_t i = 0; i < seq.n_hot; ++i, ++token) {
+            if (token->index == state.slots.size()) {
+                state.slots.push_back(find_cell(dst, is_taken));
+                v_cells[0].pos_set(state.slots.back(), token->pos);
+            }
+            v_cells[0].seq_add(state.slots[token->index], dst);
+        }
+    }
+
+    monarch_state_check(n_tokens() <= n_ctx, "it holds more than there is room for");
 }
 
 static void monarch_state_take(const uint8_t ** src, void * dst, size_t size) {
@@ -342,42 +473,37 @@ static void monarch_state_take(const uint8_t ** src, void * dst, size_t size) {
     *src += size;
 }
 
-// cannot fail: all of it is here and checked
-void monarch_kv_cache::paged_restore(const monarch_paged_state & state) {
+// cannot fail: all of it is here, checked and has its place. Counters go on if the context holds nothing else.
+void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_alone) {
     const monarch_codec codec = get_op_params(0, 0.0f).codec;
 
-    clear(false);
-
-    n_page_outs = state.header.n_page_outs;
-
-    for (const auto & page : state.pages) {
-        table.push(page.first_pos, page.mask);
+    if (state.seqs.empty()) {
+        return;
+    }
+    if (is_alone) {
+        n_page_outs = state.header.n_page_outs;
     }
 
     const uint8_t * src = state.hot.data();
     for (const auto & layer : layers) {
         for (ggml_tensor * ring : { layer.k, layer.v }) {
-            for (size_t i = 0; i < state.pos.size(); ++i) {
-                monarch_state_take(&src, (char *) ring->data + i*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
+            for (const uint32_t slot : state.slots) {
+                monarch_state_take(&src, (char *) ring->data + slot*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
             }
         }
-    }
-    for (size_t i = 0; i < state.pos.size(); ++i) {
-        v_cells[0].pos_set(i, state.pos[i]);
-        v_cells[0].seq_add(i, 0);
     }
 
     src = state.cold.data();
-    for (const auto & page : table.get_pages()) {
+    for (const int32_t phys : state.phys) {
         for (const auto & cold : cold_layers) {
             for (uint32_t h = 0; h < n_head_kv; ++h) {
-                monarch_state_take(&src, (char *) cold.pool->data + monarch_pool_offset(&codec, n_pages_max, h, page.phys), monarch_codec_block_size(&codec));
+                monarch_state_take(&src, (char *) cold.pool->data + monarch_pool_offset(&codec, n_pages_max, h, phys), monarch_codec_block_size(&codec));
             }
         }
         for (const auto & cold : cold_layers) {
             for (uint32_t h = 0; h < n_head_kv; ++h) {
-                monarch_summary_set(head_dim, (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys),
-                        page.phys%MONARCH_SUMMARY_GROUP, src);
+                monarch_summary_set(head_dim, (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys),
+                        phys%MONARCH_SUMMARY_GROUP, src);
                 src += monarch_summary_size(head_dim);
             }
         }
@@ -391,31 +517,33 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state) {
 
             monarch_state_take(&src, &counts, sizeof(counts));
 
-            head->n_promotions = counts.n_promotions;
-            head->n_scored     = counts.n_scored;
-
-            for (const auto & page : table.get_pages()) {
-                monarch_state_take(&src, monarch_head_state_importance(head, n_pages_max) + page.phys, sizeof(float));
+            if (is_alone) {
+                head->n_promotions = counts.n_promotions;
+                head->n_scored     = counts.n_scored;
             }
-            for (const auto & page : table.get_pages()) {
-                monarch_state_take(&src, monarch_head_state_count(head, n_pages_max) + page.phys, 1);
+
+            for (const int32_t phys : state.phys) {
+                monarch_state_take(&src, monarch_head_state_importance(head, n_pages_max) + phys, sizeof(float));
+            }
+            for (const int32_t phys : state.phys) {
+                monarch_state_take(&src, monarch_head_state_count(head, n_pages_max) + phys, 1);
             }
         }
     }
 }
 
 void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    monarch_state_check(seq_id <= 0, "a paged context holds sequence 0 alone so far");
+    monarch_state_check(seq_id < (llama_seq_id) n_seqs(), "this context has no such sequence: raise n_seq_max");
     monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
 
     const uint32_t first = monarch_state_get<uint32_t>(io);
 
     if (first == MONARCH_STATE_MAGIC) {
-        paged_read(io);
+        paged_read(io, seq_id);
         return;
     }
 
-    monarch_state_check(first == 1, "it is neither a paged state nor a stock state of one stream");
+    monarch_state_check(first > 0 && first <= LLAMA_MAX_SEQ, "it is neither a paged nor a stock state");
 
-    stock_read(io, seq_id == -1);
+    stock_read(io, first, seq_id);
 }

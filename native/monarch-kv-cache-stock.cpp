@@ -28,13 +28,17 @@ struct monarch_state_rows {
 struct monarch_stock_state {
     std::vector<llama_pos>          pos;
     std::vector<uint32_t>           order; // cells by ascending position
+    std::vector<int32_t>            phys;  // pages that [first_cold, first_cold + phys.size()*page_size) of the order go to
+    size_t                          first_cold;
+    std::vector<size_t>             hot;   // the others, and the slots that they go to
+    std::vector<uint32_t>           slots;
     std::vector<monarch_state_rows> k;
     std::vector<monarch_state_rows> v;
 };
 
-static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n_max, bool is_whole, monarch_stock_state & state) {
-    const uint32_t n = monarch_state_get<uint32_t>(io);
+static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n, uint32_t n_max, bool is_whole, monarch_stock_state & state) {
     monarch_state_check(n <= n_max, "it holds more tokens than n_ctx");
+    monarch_state_check(state.pos.empty(), "it holds several sequences: restore them one by one");
 
     state.pos.resize(n);
     for (uint32_t i = 0; i < n; ++i) {
@@ -90,15 +94,21 @@ static monarch_state_rows monarch_state_read_columns(llama_io_read_i & io, const
     return res;
 }
 
-// the number of streams is read already
-void monarch_kv_cache::stock_read(llama_io_read_i & io, bool is_whole) {
+// the number of streams is read already; a whole state is of sequence 0
+void monarch_kv_cache::stock_read(llama_io_read_i & io, uint32_t n_streams, llama_seq_id seq_id) {
     // stock keeps quantised K and V rotated
     monarch_state_check(!ggml_is_quantized(type_k()) && !ggml_is_quantized(type_v()), "quantised K or V states are not supported");
 
-    monarch_stock_state state;
-    monarch_state_read_cells(io, n_ctx, is_whole, state);
+    monarch_stock_state state = {};
 
-    if (!state.pos.empty()) {
+    for (uint32_t i = 0; i < n_streams; ++i) {
+        const uint32_t n = monarch_state_get<uint32_t>(io);
+        if (n == 0) {
+            continue;
+        }
+
+        monarch_state_read_cells(io, n, n_ctx_seq, seq_id < 0, state);
+
         const bool is_transposed = monarch_state_get<uint32_t>(io) != 0;
 
         monarch_state_check(monarch_state_get<uint32_t>(io) == layers.size(), "another number of layers");
@@ -111,7 +121,10 @@ void monarch_kv_cache::stock_read(llama_io_read_i & io, bool is_whole) {
         }
     }
 
-    clear(false);
+    replace(seq_id, [&]() {
+        stock_place(state, std::max(seq_id, 0));
+    });
+
     stock_restore(state);
 }
 
@@ -124,14 +137,15 @@ static void monarch_state_convert(const monarch_stock_state & state, const monar
     }
 }
 
-void monarch_kv_cache::stock_restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0) {
+void monarch_kv_cache::stock_restore_page(const monarch_stock_state & state, size_t i_layer, size_t i_page) {
     const monarch_op_params op   = get_op_params(0, 0.0f);
     const cold_layer      & cold = cold_layers[i_layer];
 
     float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
     float v[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
 
-    const int32_t phys = table.get_pages()[i_page].phys;
+    const int32_t phys = state.phys[i_page];
+    const size_t  i0   = state.first_cold + i_page*knobs.page_size;
 
     for (uint32_t h = 0; h < n_head_kv; ++h) {
         monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
@@ -147,47 +161,67 @@ void monarch_kv_cache::stock_restore_page(const monarch_stock_state & state, siz
 }
 
 // one row of the state into a ring slot, all layers
-void monarch_kv_cache::stock_restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot) {
-    for (size_t il = 0; il < layers.size(); ++il) {
-        memcpy((char *) layers[il].k->data + slot*layers[il].k->nb[1], state.k[il].data.data() + state.order[i]*state.k[il].row_size, state.k[il].row_size);
-        memcpy((char *) layers[il].v->data + slot*layers[il].v->nb[1], state.v[il].data.data() + state.order[i]*state.v[il].row_size, state.v[il].row_size);
-    }
+void monarch_kv_cache::stock_restore_slot(const monarch_stock_state & state, size_t i_hot) {
+    const uint32_t cell = state.order[state.hot[i_hot]];
+    const uint32_t slot = state.slots[i_hot];
 
-    v_cells[0].pos_set(slot, state.pos[state.order[i]]);
-    v_cells[0].seq_add(slot, 0);
+    for (size_t il = 0; il < layers.size(); ++il) {
+        memcpy((char *) layers[il].k->data + slot*layers[il].k->nb[1], state.k[il].data.data() + cell*state.k[il].row_size, state.k[il].row_size);
+        memcpy((char *) layers[il].v->data + slot*layers[il].v->nb[1], state.v[il].data.data() + cell*state.v[il].row_size, state.v[il].row_size);
+    }
 }
 
 // sink tokens and the hot window into the ring, what lies between into pages, as if it had been decoded
-void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
+void monarch_kv_cache::stock_place(monarch_stock_state & state, llama_seq_id seq_id) {
     const size_t n = state.pos.size();
 
-    size_t i_first = 0; // the first token that may be paged out
-    while (i_first < n && state.pos[state.order[i_first]] < knobs.sink_tokens) {
-        ++i_first;
+    state.first_cold = 0;
+    while (state.first_cold < n && state.pos[state.order[state.first_cold]] < knobs.sink_tokens) {
+        ++state.first_cold;
     }
 
-    const size_t n_past  = n - i_first + 1 > (size_t) knobs.hot_window ? n - i_first + 1 - knobs.hot_window : 0;
-    const size_t n_pages = n_past/knobs.page_size;
+    const size_t n_rest  = n - state.first_cold + 1;
+    const size_t n_pages = n_rest > (size_t) knobs.hot_window ? (n_rest - knobs.hot_window)/knobs.page_size : 0;
+    const size_t n_cold  = n_pages*knobs.page_size;
+
+    monarch_state_check(n_tokens() + n <= n_ctx && pool.n_free() >= n_pages && n_hot() + n - n_cold <= get_size(), "it holds more than there is room for");
 
     for (size_t i = 0; i < n_pages; ++i) {
-        table.push(state.pos[state.order[i_first + i*knobs.page_size]], UINT32_MAX >> (32 - knobs.page_size));
+        state.phys.push_back(pool.take(knobs.page_size));
+        tables[seq_id].push(state.phys[i], state.pos[state.order[state.first_cold + i*knobs.page_size]], UINT32_MAX >> (32 - knobs.page_size));
     }
+
+    std::vector<bool> is_taken(get_size());
+
+    for (size_t i = 0; i < n; ++i) {
+        if (i < state.first_cold || i >= state.first_cold + n_cold) {
+            state.hot  .push_back(i);
+            state.slots.push_back(find_cell(seq_id, is_taken));
+
+            v_cells[0].pos_set(state.slots.back(), state.pos[state.order[i]]);
+            v_cells[0].seq_add(state.slots.back(), seq_id);
+        }
+    }
+}
+
+void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
+    const size_t n_jobs = layers.size()*state.phys.size();
 
     std::atomic<size_t> next { 0 };
 
     const auto worker = [&]() {
-        for (size_t i = next++; i < layers.size()*n_pages; i = next++) {
-            stock_restore_page(state, i/n_pages, i%n_pages, i_first + (i%n_pages)*knobs.page_size);
+        for (size_t i = next++; i < n_jobs; i = next++) {
+            stock_restore_page(state, i/state.phys.size(), i%state.phys.size());
         }
     };
 
     std::vector<std::thread> threads;
-    threads.reserve(n_threads);
     try {
+        threads.reserve(n_threads);
         for (uint32_t i = 1; i < n_threads; ++i) {
             threads.emplace_back(worker);
         }
-    } catch (const std::system_error &) {
+    } catch (const std::exception &) {
         LLAMA_LOG_WARN("%s: only %zu threads could be started\n", __func__, threads.size() + 1);
     }
     worker();
@@ -195,10 +229,7 @@ void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
         thread.join();
     }
 
-    uint32_t slot = 0;
-    for (size_t i = 0; i < n; ++i) {
-        if (i < i_first || i >= i_first + n_pages*knobs.page_size) {
-            stock_restore_slot(state, i, slot++);
-        }
+    for (size_t i = 0; i < state.hot.size(); ++i) {
+        stock_restore_slot(state, i);
     }
 }

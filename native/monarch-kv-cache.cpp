@@ -3,6 +3,7 @@
 #include "monarch-crc.h"
 #include "monarch-error.h"
 #include "monarch-knobs.h"
+#include "monarch-policy.h"
 #include "monarch-summary.h"
 
 #include "llama-batch.h"
@@ -66,9 +67,6 @@ static std::string monarch_check_model(const llama_model & model, const llama_me
     if (!cparams.causal_attn || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.mem_other) {
         return "only plain causal contexts are supported";
     }
-    if (cparams.n_seq_max != 1) {
-        return "n_seq_max = " + std::to_string(cparams.n_seq_max) + ": one sequence per context is supported so far";
-    }
 
     return monarch_check_head_dim(hparams);
 }
@@ -87,9 +85,7 @@ monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const lla
             throw std::runtime_error(error + "; use mode off");
         }
 
-        const uint32_t n_ring = knobs.sink_tokens + knobs.hot_window + cparams.n_ubatch + knobs.page_size;
-
-        return new monarch_kv_cache(model, params, cparams, knobs, std::min(n_ring, cparams.n_ctx_seq), seed);
+        return new monarch_kv_cache(model, params, cparams, knobs, seed);
     } catch (const std::exception & err) {
         monarch_error_set(err.what());
         throw std::runtime_error(std::string("monarch: ") + err.what());
@@ -99,6 +95,17 @@ monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const lla
 //
 // monarch_kv_cache
 //
+
+// what a sequence holds in the ring between two steps
+static uint32_t monarch_n_slots_seq(const monarch_knobs & knobs) {
+    return knobs.sink_tokens + knobs.hot_window + knobs.page_size;
+}
+
+static uint32_t monarch_n_slots(const monarch_knobs & knobs, const llama_cparams & cparams) {
+    const uint64_t n_slots = (uint64_t) cparams.n_seq_max*monarch_n_slots_seq(knobs) + cparams.n_ubatch;
+
+    return std::min<uint64_t>(n_slots, cparams.n_ctx);
+}
 
 // cut pages hold fewer tokens than they could: some room for them
 static uint32_t monarch_n_pages_max(uint32_t n_ctx, uint32_t page_size) {
@@ -130,20 +137,21 @@ monarch_kv_cache::monarch_kv_cache(
         const llama_memory_params & params,
         const llama_cparams       & cparams,
         const monarch_knobs       & knobs,
-        uint32_t                    n_slots,
         uint32_t                    seed) :
     llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, /*offload =*/ false, /*unified =*/ true,
-            n_slots, /*n_seq_max =*/ 1, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
+            monarch_n_slots(knobs, cparams), cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
     knobs(knobs),
-    n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), n_threads(cparams.n_threads_batch),
+    n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(cparams.kv_unified || cparams.n_seq_max == 1),
+    n_ubatch(cparams.n_ubatch), n_threads(cparams.n_threads_batch),
     n_head_kv(model.hparams.n_head_kv(0)), head_dim(model.hparams.n_embd_head_k(0)),
-    n_pages_max(monarch_n_pages_max(cparams.n_ctx_seq, knobs.page_size)),
-    fingerprint(monarch_model_fingerprint(model)) {
+    n_pages_max(monarch_n_pages_max(cparams.n_ctx, knobs.page_size)),
+    fingerprint(monarch_model_fingerprint(model)),
+    tables(cparams.n_seq_max), n_attended(cparams.n_seq_max) {
     // cold pages bring their own rotation; hot tokens stay as the model made them
     attn_rot_k = false;
     attn_rot_v = false;
 
-    table.init(n_pages_max, seed);
+    pool.init(n_pages_max, seed);
 
     ggml_init_params init_params = {
         /*.mem_size   =*/ 3*layers.size()*ggml_tensor_overhead(),
@@ -199,7 +207,7 @@ monarch_kv_cache::monarch_kv_cache(
     cold_buf = std::move(buf);
 
     LLAMA_LOG_INFO("%s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
-            n_slots, n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold_buf.get())/1024.0/1024.0);
+            get_size(), n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold_buf.get())/1024.0/1024.0);
 }
 
 uint32_t monarch_kv_cache::n_hot() const {
@@ -207,62 +215,79 @@ uint32_t monarch_kv_cache::n_hot() const {
 }
 
 uint32_t monarch_kv_cache::n_tokens() const {
-    return n_hot() + table.n_tokens();
+    return n_hot() + pool.n_tokens();
 }
 
-int32_t monarch_kv_cache::resolve_mode() const {
+uint32_t monarch_kv_cache::n_tokens(llama_seq_id seq_id) const {
+    return v_cells[0].seq_pos_get(seq_id).size() + tables[seq_id].n_tokens();
+}
+
+int32_t monarch_kv_cache::resolve_mode(llama_seq_id seq_id) const {
     if (knobs.mode != MONARCH_MODE_AUTO) {
         return knobs.mode;
     }
-    return table.n_tokens() <= MONARCH_AUTO_EXACT_TOKENS ? MONARCH_MODE_EXACT : MONARCH_MODE_PAGED;
+    return tables[seq_id].n_tokens() <= MONARCH_AUTO_EXACT_TOKENS ? MONARCH_MODE_EXACT : MONARCH_MODE_PAGED;
 }
 
 //
 // steps
 //
 
-static bool monarch_ubatch_is_supported(const llama_ubatch & ubatch) {
+bool monarch_kv_cache::is_supported(const llama_ubatch & ubatch) const {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0) {
-            return false;
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            if ((uint32_t) ubatch.seq_id[i][j] >= n_seqs()) {
+                LLAMA_LOG_ERROR("%s: sequence %d: this context was created with n_seq_max = %u\n", __func__, ubatch.seq_id[i][j], n_seqs());
+                return false;
+            }
         }
     }
     return !ubatch.is_pos_2d();
 }
 
-// places the ubatches one after the other without touching anything, page-outs included
-bool monarch_kv_cache::fits(const std::vector<llama_ubatch> & ubatches) const {
-    const auto & in_order = v_cells[0].seq_pos_get(0);
-
-    uint32_t n_sink = 0;
-    for (auto it = in_order.begin(); it != in_order.end() && it->first < knobs.sink_tokens; ++it) {
-        ++n_sink;
+bool monarch_kv_cache::has_room(const llama_ubatch & ubatch) const {
+    if (n_tokens() + ubatch.n_tokens > n_ctx || n_hot() + ubatch.n_tokens > get_size()) {
+        return false;
     }
 
-    uint32_t n_total = n_tokens();
-    uint32_t n_ring  = n_hot();
-    uint32_t n_free  = table.n_free();
+    std::vector<uint32_t> n_new(n_seqs());
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            n_new[ubatch.seq_id[i][j]]++;
+        }
+    }
 
-    for (const auto & ubatch : ubatches) {
-        n_total += ubatch.n_tokens;
-        n_ring  += ubatch.n_tokens;
-
-        if (n_total > n_ctx || n_ring > get_size()) {
+    for (uint32_t s = 0; s < n_seqs(); ++s) {
+        if (n_new[s] > 0 && n_tokens(s) + n_new[s] > n_ctx_seq) {
             return false;
         }
+    }
+    return true;
+}
 
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            n_sink += ubatch.pos[i] < knobs.sink_tokens;
-        }
-
-        const int32_t  n_past = (int32_t) n_ring - (int32_t) n_sink - (knobs.hot_window - 1);
-        const uint32_t n_out  = std::min<uint32_t>(n_free, std::max(0, n_past)/knobs.page_size);
-
-        n_free -= n_out;
-        n_ring -= n_out*knobs.page_size;
+// takes the steps one after the other, on paper
+bool monarch_kv_cache::fits(const std::vector<llama_ubatch> & ubatches) {
+    if (ubatches.size() == 1) {
+        return has_room(ubatches[0]);
     }
 
-    return true;
+    const places saved = { v_cells[0], pool, tables };
+
+    bool res = true;
+    for (const auto & ubatch : ubatches) {
+        res = res && has_room(ubatch);
+        if (res) {
+            apply_ubatch(find_cells(ubatch), ubatch);
+            schedule_page_outs();
+            commit_page_outs();
+        }
+    }
+
+    v_cells[0] = saved.cells;
+    pool       = saved.pool;
+    tables     = saved.tables;
+
+    return res;
 }
 
 llama_memory_context_ptr monarch_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
@@ -272,19 +297,18 @@ llama_memory_context_ptr monarch_kv_cache::init_batch(llama_batch_allocr & ballo
 
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        auto ubatch = balloc.split_simple(n_ubatch);
+        auto ubatch = is_unified ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
-        if (!monarch_ubatch_is_supported(ubatch)) {
-            LLAMA_LOG_ERROR("%s: paging supports sequence 0 alone so far\n", __func__);
+        if (!is_supported(ubatch)) {
             return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
         }
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
     if (balloc.get_n_used() < balloc.get_n_tokens() || !fits(ubatches)) {
-        if (table.n_free() == 0) {
+        if (pool.n_free() == 0) {
             LLAMA_LOG_WARN("%s: no free page: removed tokens left too many short pages\n", __func__);
         }
         return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
@@ -304,18 +328,70 @@ llama_memory_context_ptr monarch_kv_cache::init_update(llama_context * lctx, boo
     return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
 }
 
-// whole pages, oldest first, that no query of the next step can see through the hot window
+// the lowest free one: of the sequence's own part of the ring, then of what all share, then of the other parts; or size().
+// Where a token lands does not depend on steps that were aborted or removed.
+uint32_t monarch_kv_cache::find_cell(llama_seq_id seq_id, std::vector<bool> & is_taken) const {
+    const auto & cells = v_cells[0];
+
+    const uint32_t n_slots   = monarch_n_slots_seq(knobs);
+    const uint32_t first_own = std::min(seq_id*n_slots, cells.size());
+    const uint32_t first_all = std::min(n_seqs()*n_slots, cells.size());
+
+    const std::pair<uint32_t, uint32_t> ranges[] = {
+        { first_own, std::min(first_own + n_slots, cells.size()) },
+        { first_all, cells.size()                                },
+        { 0,         first_all                                   },
+    };
+
+    for (const auto & [begin, end] : ranges) {
+        for (uint32_t i = begin; i < end; ++i) {
+            if (!is_taken[i] && cells.is_empty(i)) {
+                is_taken[i] = true;
+                return i;
+            }
+        }
+    }
+    return cells.size();
+}
+
+llama_kv_cache::slot_info monarch_kv_cache::find_cells(const llama_ubatch & ubatch) const {
+    std::vector<bool> is_taken(get_size());
+
+    slot_info res = { 0, 0, { 0 }, { {} } };
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const uint32_t slot = find_cell(ubatch.seq_id[i][0], is_taken);
+
+        if (slot == get_size()) {
+            return { 0, 0, {}, {} };
+        }
+        res.idxs[0].push_back(slot);
+    }
+
+    return res;
+}
+
 void monarch_kv_cache::schedule_page_outs() {
-    const auto & in_order = v_cells[0].seq_pos_get(0);
+    pending.clear();
 
-    const llama_pos end = seq_pos_max(0) + 1 - knobs.hot_window + 1;
+    for (uint32_t s = 0; s < n_seqs(); ++s) {
+        schedule_page_outs(s);
+    }
+}
 
-    const size_t n_out_max = std::min<size_t>(table.n_free(), n_page_outs_max());
+// whole pages, oldest first, that no query of the sequence's next step can see through the hot window
+void monarch_kv_cache::schedule_page_outs(llama_seq_id seq_id) {
+    const auto & cells    = v_cells[0];
+    const auto & in_order = cells.seq_pos_get(seq_id);
+
+    const llama_pos end = cells.seq_pos_max(seq_id) + 1 - knobs.hot_window + 1;
+
+    const size_t n_out_max = std::min<size_t>(pool.n_free(), n_page_outs_max());
 
     auto it = in_order.lower_bound({ knobs.sink_tokens, 0 });
 
-    while (it != in_order.end() && it->first + knobs.page_size <= end && pending.size() < n_out_max) {
-        page_out out = { it->first, 0, {} };
+    while (it != in_order.end() && it->first + knobs.page_size <= end) {
+        page_out out = { it->first, 0, {}, { seq_id } };
 
         // where tokens were removed, the one before stands in and counts nowhere
         for (int32_t i = 0; i < knobs.page_size; ++i) {
@@ -327,17 +403,47 @@ void monarch_kv_cache::schedule_page_outs() {
             }
         }
 
-        pending.push_back(std::move(out));
+        const auto same = std::find_if(pending.begin(), pending.end(), [&](const page_out & other) {
+            return other.mask == out.mask && other.slots == out.slots;
+        });
+
+        if (same != pending.end()) {
+            same->seqs.push_back(seq_id);
+        } else if (pending.size() < n_out_max) {
+            pending.push_back(std::move(out));
+        } else {
+            break;
+        }
     }
+}
+
+void monarch_kv_cache::commit_page_outs() {
+    for (const auto & out : pending) {
+        int32_t phys = -1;
+
+        for (const llama_seq_id seq_id : out.seqs) {
+            if (phys < 0) {
+                phys = pool.take(monarch_mask_count(out.mask));
+            } else {
+                pool.share(phys);
+            }
+            tables[seq_id].push(phys, out.first_pos, out.mask);
+
+            for (size_t i = 0; i < out.slots.size(); ++i) {
+                if (out.mask >> i & 1) {
+                    v_cells[0].seq_rm(out.slots[i], seq_id);
+                }
+            }
+        }
+    }
+
+    pending.clear();
 }
 
 llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     pending.clear();
 
-    // always the lowest free slots: where a token lands does not depend on steps that were aborted or removed
-    v_heads[0] = 0;
-
-    auto sinfo = find_slot(ubatch, false);
+    auto sinfo = find_cells(ubatch);
     if (sinfo.empty()) {
         return sinfo;
     }
@@ -345,9 +451,14 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     apply_ubatch(sinfo, ubatch);
     schedule_page_outs();
 
-    mode       = resolve_mode();
-    n_attended = table.n_pages();
+    mode = resolve_mode(ubatch.seq_id[ubatch.n_tokens - 1][0]);
     step++;
+
+    std::fill(n_attended.begin(), n_attended.end(), 0);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+        n_attended[seq_id] = resolve_mode(seq_id) == MONARCH_MODE_EXACT ? tables[seq_id].n_pages() : 0;
+    }
 
     return sinfo;
 }
@@ -358,19 +469,9 @@ void monarch_kv_cache::commit() {
     const monarch_hooks hooks_now = hooks;
     const auto          events    = collect_events();
 
-    for (const auto & out : pending) {
-        table.push(out.first_pos, out.mask);
-
-        for (size_t i = 0; i < out.slots.size(); ++i) {
-            if (out.mask >> i & 1) {
-                v_cells[0].rm(out.slots[i]);
-            }
-        }
-    }
-
     n_page_outs += pending.size();
 
-    pending.clear();
+    commit_page_outs();
 
     // last: a hook may change anything
     for (const auto & [hook, event] : events) {
@@ -389,32 +490,49 @@ bool monarch_kv_cache::get_can_shift() const {
 void monarch_kv_cache::clear(bool data) {
     llama_kv_cache::clear(data);
 
-    table.clear();
+    pool.clear();
+    for (auto & table : tables) {
+        table.clear();
+    }
     pending.clear();
 
-    forget_logs();
+    apply_logs();
 }
 
-// what the last step promoted counts, but its pages are gone
-void monarch_kv_cache::forget_logs() {
+// what the last step promoted counts now, before its pages change
+void monarch_kv_cache::apply_logs() {
+    monarch_policy policy = {};
+    policy.sticky_threshold = knobs.sticky_threshold;
+    policy.importance_decay = knobs.importance_decay;
+
     for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head = get_head_state(i, h);
-
-            if (head->step == committed) {
-                head->n_promotions += head->log_promoted;
-                head->n_scored     += head->log_scored;
-            }
-
-            head->n_log        = 0;
-            head->log_promoted = 0;
-            head->log_scored   = 0;
+            monarch_policy_apply_log(&policy, get_head_state(i, h), n_pages_max, committed);
         }
     }
 }
 
-// the summary of a page that lost tokens, from what is left of it
+void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> & place) {
+    places saved = { v_cells[0], pool, tables };
+
+    try {
+        apply_logs();
+        seq_rm(seq_id, -1, -1);
+        place();
+    } catch (...) {
+        std::swap(v_cells[0], saved.cells);
+        std::swap(pool,       saved.pool);
+        std::swap(tables,     saved.tables);
+        throw;
+    }
+}
+
+// the summary of a page that lost tokens, from what is left of it; what others hold too stays as it is
 void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
+    if (pool.is_shared(page.phys)) {
+        return;
+    }
+
     const monarch_op_params op = get_op_params(0, 0.0f);
 
     std::vector<float> k(knobs.page_size*head_dim);
@@ -440,41 +558,62 @@ void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
     }
 }
 
-bool monarch_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    if (seq_id > 0) {
-        return true; // nothing is there
-    }
-
+static void monarch_range_normalize(llama_pos & p0, llama_pos & p1) {
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+}
 
-    if (p0 > seq_pos_max(0) || p1 <= seq_pos_min(0)) {
-        return true;
-    }
+bool monarch_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    monarch_range_normalize(p0, p1);
 
-    pending.clear();
-
-    llama_kv_cache::seq_rm(0, p0, p1);
-
-    for (const auto & page : table.remove(p0, p1)) {
-        update_summaries(page);
+    for (uint32_t s = 0; s < n_seqs(); ++s) {
+        if (seq_id < 0 || (uint32_t) seq_id == s) {
+            remove(s, p0, p1);
+        }
     }
 
     return true;
 }
 
-void monarch_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    GGML_UNUSED(p0);
-    GGML_UNUSED(p1);
+void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (p0 > seq_pos_max(seq_id) || p1 <= seq_pos_min(seq_id)) {
+        return;
+    }
 
-    if (seq_id_src != seq_id_dst) {
-        LLAMA_LOG_ERROR("%s: a paged context holds one sequence so far: nothing copied\n", __func__);
+    pending.clear();
+
+    llama_kv_cache::seq_rm(seq_id, p0, p1);
+
+    for (const auto & page : tables[seq_id].remove(pool, p0, p1)) {
+        update_summaries(page);
     }
 }
 
+// what the target holds there is replaced
+void monarch_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+    if (seq_id_src < 0 || seq_id_dst < 0 || (uint32_t) std::max(seq_id_src, seq_id_dst) >= n_seqs()) {
+        LLAMA_LOG_ERROR("%s: sequence %d to %d: this context was created with n_seq_max = %u; nothing copied\n", __func__, seq_id_src, seq_id_dst, n_seqs());
+        return;
+    }
+
+    monarch_range_normalize(p0, p1);
+
+    remove(seq_id_dst, p0, p1);
+    pending.clear();
+
+    llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
+
+    tables[seq_id_dst].share(pool, tables[seq_id_src], p0, p1);
+}
+
 void monarch_kv_cache::seq_keep(llama_seq_id seq_id) {
-    if (seq_id != 0) {
-        clear(false);
+    for (uint32_t s = 0; s < n_seqs(); ++s) {
+        if ((uint32_t) seq_id != s) {
+            seq_rm(s, -1, -1);
+        }
     }
 }
 
@@ -499,30 +638,22 @@ void monarch_kv_cache::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, 
 }
 
 llama_pos monarch_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
-    if (seq_id != 0) {
+    if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
         return -1;
     }
 
-    const llama_pos hot = v_cells[0].seq_pos_min(0);
+    const llama_pos hot  = v_cells[0].seq_pos_min(seq_id);
+    const llama_pos cold = tables[seq_id].begin();
 
-    if (table.n_pages() == 0) {
-        return hot;
-    }
-
-    const llama_pos cold = table.get_pages().front().begin();
-
-    return hot < 0 ? cold : std::min(hot, cold);
+    return hot < 0 || cold < 0 ? std::max(hot, cold) : std::min(hot, cold);
 }
 
 llama_pos monarch_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
-    if (seq_id != 0) {
+    if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
         return -1;
     }
 
-    const llama_pos hot  = v_cells[0].seq_pos_max(0);
-    const llama_pos cold = table.n_pages() == 0 ? -1 : table.get_pages().back().end() - 1;
-
-    return std::max(hot, cold);
+    return std::max(v_cells[0].seq_pos_max(seq_id), tables[seq_id].end() - 1);
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown() const {
@@ -580,7 +711,7 @@ ggml_tensor * monarch_kv_cache::get_v_ring(ggml_context * ctx, int32_t il) const
 }
 
 ggml_tensor * monarch_kv_cache::build_input_table(ggml_context * ctx) const {
-    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, MONARCH_TABLE_HEADER + 2*n_pages_max);
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, monarch_table_head_size(n_ubatch) + 2*(int64_t) n_seqs()*n_pages_max);
 
     ggml_set_input(res);
     ggml_set_name(res, "monarch_table");
@@ -597,13 +728,12 @@ ggml_tensor * monarch_kv_cache::build_input_page_outs(ggml_context * ctx) const 
     return res;
 }
 
-void monarch_kv_cache::set_input_table(ggml_tensor * dst) const {
+void monarch_kv_cache::set_input_table(ggml_tensor * dst, const llama_ubatch & ubatch) const {
     int32_t * data = (int32_t *) dst->data;
 
     memset(data, 0, MONARCH_TABLE_HEADER*sizeof(int32_t));
 
-    data[MONARCH_TABLE_N_PAGES]          = table.n_pages();
-    data[MONARCH_TABLE_MODE]             = mode;
+    data[MONARCH_TABLE_N_RUNS_MAX]       = n_ubatch;
     data[MONARCH_TABLE_PROMOTE_PAGES]    = knobs.promote_tokens/knobs.page_size;
     data[MONARCH_TABLE_DENSE_PAGES]      = std::max(knobs.dense_tokens, knobs.promote_tokens)/knobs.page_size;
     data[MONARCH_TABLE_STICKY_THRESHOLD] = knobs.sticky_threshold;
@@ -613,11 +743,42 @@ void monarch_kv_cache::set_input_table(ggml_tensor * dst) const {
     memcpy(data + MONARCH_TABLE_PROMOTION_THRESHOLD, &knobs.promotion_threshold, sizeof(float));
     memcpy(data + MONARCH_TABLE_IMPORTANCE_DECAY,    &knobs.importance_decay,    sizeof(float));
 
-    int32_t * entry = data + MONARCH_TABLE_HEADER;
+    monarch_table_run   * runs  = (monarch_table_run *) (data + MONARCH_TABLE_HEADER);
+    monarch_table_entry * pages = (monarch_table_entry *) (data + monarch_table_head_size(n_ubatch));
 
-    for (const auto & page : table.get_pages()) {
-        *entry++ = page.phys;
-        *entry++ = (int32_t) page.mask;
+    std::vector<monarch_table_run> last(n_seqs()); // of each sequence
+
+    int32_t n_runs  = 0;
+    int32_t n_pages = 0;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+
+        if (i > 0 && ubatch.seq_id[i - 1][0] == seq_id) {
+            runs[n_runs - 1].n_tokens++;
+            continue;
+        }
+
+        monarch_table_run & run = last[seq_id];
+
+        if (run.n_tokens == 0) {
+            run = { seq_id, 0, 1, 0, resolve_mode(seq_id), n_pages, 0, 0 };
+
+            for (const auto & page : tables[seq_id].get_pages()) {
+                pages[n_pages++] = { page.phys, page.mask };
+                run.n_pages++;
+            }
+        }
+
+        run.i_token = i;
+
+        runs[n_runs++] = run;
+    }
+
+    data[MONARCH_TABLE_N_RUNS] = n_runs;
+
+    for (int32_t i = 0; i < n_runs; ++i) {
+        runs[i].is_last = last[runs[i].seq].i_token == runs[i].i_token;
     }
 }
 
@@ -627,7 +788,7 @@ void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
     *data++ = pending.size();
 
     for (size_t i = 0; i < pending.size(); ++i) {
-        *data++ = table.get_free(i);
+        *data++ = pool.get_free(i);
         data = std::copy(pending[i].slots.begin(), pending[i].slots.end(), data);
     }
 }
@@ -653,16 +814,20 @@ std::vector<std::pair<monarch_hook, monarch_event>> monarch_kv_cache::collect_ev
     }
 
     for (size_t i = 0; i < pending.size() && hooks.on_page_out; ++i) {
-        res.push_back({ hooks.on_page_out, { 0, -1, -1, pending[i].first_pos, knobs.page_size, 0.0f, 0.0f } });
+        for (const llama_seq_id seq_id : pending[i].seqs) {
+            res.push_back({ hooks.on_page_out, { seq_id, -1, -1, pending[i].first_pos, knobs.page_size, 0.0f, 0.0f } });
+        }
     }
 
     return res;
 }
 
 void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const {
-    std::vector<const monarch_page_table::page *> by_phys(n_pages_max);
-    for (const auto & page : table.get_pages()) {
-        by_phys[page.phys] = &page;
+    std::vector<const monarch_page_table::page *> by_phys(n_seqs()*n_pages_max);
+    for (uint32_t s = 0; s < n_seqs(); ++s) {
+        for (const auto & page : tables[s].get_pages()) {
+            by_phys[s*n_pages_max + page.phys] = &page;
+        }
     }
 
     for (size_t i = 0; i < cold_layers.size(); ++i) {
@@ -677,9 +842,9 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
                     continue;
                 }
 
-                const auto * page = by_phys[log[j].page];
+                const auto * page = by_phys[log[j].seq*n_pages_max + log[j].page];
 
-                const monarch_event event = { 0, (int32_t) layers[i].il, (int32_t) h, page->begin(), page->n_tokens(), log[j].estimated, log[j].measured };
+                const monarch_event event = { log[j].seq, (int32_t) layers[i].il, (int32_t) h, page->begin(), page->n_tokens(), log[j].estimated, log[j].measured };
 
                 if (hooks.on_promote) {
                     res.push_back({ hooks.on_promote, event });
@@ -702,16 +867,25 @@ monarch_stats monarch_kv_cache::get_stats() const {
     res.mode        = mode;
     res.n_tokens    = n_tokens();
     res.n_hot       = n_hot();
-    res.n_cold      = table.n_tokens();
-    res.n_pages     = table.n_pages();
+    res.n_cold      = pool.n_tokens();
+    res.n_pages     = pool.n_used();
     res.n_page_outs = n_page_outs;
     res.hot_bytes   = total_size();
+
+    std::vector<int32_t> pages; // physical
+    for (const auto & table : tables) {
+        for (const auto & page : table.get_pages()) {
+            pages.push_back(page.phys);
+        }
+    }
+    std::sort(pages.begin(), pages.end());
+    pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
 
     for (size_t i = 0; i < cold_layers.size(); ++i) {
         const cold_layer & cold = cold_layers[i];
 
-        res.cold_bytes    += table.n_pages()*n_head_kv*cold.pool->nb[1];
-        res.summary_bytes += table.n_pages()*n_head_kv*monarch_summary_size(head_dim);
+        res.cold_bytes    += pool.n_used()*n_head_kv*cold.pool->nb[1];
+        res.summary_bytes += pool.n_used()*n_head_kv*monarch_summary_size(head_dim);
         res.table_bytes   += ggml_nbytes(cold.state);
 
         const monarch_layer_state * layer = (const monarch_layer_state *) cold.state->data;
@@ -730,20 +904,26 @@ monarch_stats monarch_kv_cache::get_stats() const {
             res.n_scored     += head->n_scored     + (is_last ? head->log_scored   : 0);
             res.n_promoted   += is_last ? head->log_promoted : 0;
 
-            for (const auto & page : table.get_pages()) {
-                res.n_sticky += is_sticky(count[page.phys]);
+            for (const int32_t page : pages) {
+                res.n_sticky += is_sticky(count[page]);
             }
         }
     }
 
-    res.table_bytes += n_pages_max*(sizeof(monarch_page_table::page) + sizeof(int32_t));
+    res.table_bytes += n_pages_max*(sizeof(monarch_page_table::page) + 2*sizeof(int32_t) + 1);
 
     res.cold_bytes_per_token = (double) layers.size()*n_head_kv*cold_layers[0].pool->nb[1]/knobs.page_size;
 
     return res;
 }
 
-std::vector<monarch_page> monarch_kv_cache::get_pages() const {
+std::vector<monarch_page> monarch_kv_cache::get_pages(llama_seq_id seq_id) const {
+    if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
+        throw std::runtime_error("sequence " + std::to_string(seq_id) + ": allowed is 0 to " + std::to_string(n_seqs() - 1));
+    }
+
+    const monarch_page_table & table = tables[seq_id];
+
     std::vector<monarch_page> res;
 
     std::vector<int32_t> index(n_pages_max, -1);
@@ -759,7 +939,7 @@ std::vector<monarch_page> monarch_kv_cache::get_pages() const {
 
             for (size_t j = 0; j < res.size(); ++j) {
                 res[j].n_sticky   += is_sticky(count[table.get_pages()[j].phys]);
-                res[j].n_promoted += mode == MONARCH_MODE_EXACT && j < n_attended;
+                res[j].n_promoted += j < n_attended[seq_id];
             }
 
             const monarch_log_entry * log = monarch_head_state_log(head);

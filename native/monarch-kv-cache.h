@@ -2,7 +2,10 @@
 
 // The paged KV cache: a ring of hot tokens (the base class), a cold store of polar pages, and what moves between them.
 //
-// A step is one ubatch. apply() places its tokens in the ring and picks the pages that leave the hot window; the graph
+// Every sequence has a hot window, a page table and budgets of its own. The ring's slots are the base class's cells, of which
+// each sequence has a part that it fills first; the pages come from one pool. Sequences may share both.
+//
+// A step is one ubatch. apply() places its tokens in the ring and picks the pages that leave the hot windows; the graph
 // attends and, at the end of each layer, encodes those pages; next() is reached only if the graph succeeded and then makes
 // the page-outs real: page table, free ring slots, counters, hooks. An aborted step leaves nothing behind.
 
@@ -14,6 +17,7 @@
 
 #include "llama-kv-cache.h"
 
+#include <functional>
 #include <string>
 
 struct monarch_paged_state;
@@ -74,7 +78,7 @@ public:
     ggml_tensor * build_input_table    (ggml_context * ctx) const;
     ggml_tensor * build_input_page_outs(ggml_context * ctx) const;
 
-    void set_input_table    (ggml_tensor * dst) const;
+    void set_input_table    (ggml_tensor * dst, const llama_ubatch & ubatch) const;
     void set_input_page_outs(ggml_tensor * dst) const;
 
     //
@@ -88,12 +92,12 @@ public:
 
     monarch_stats get_stats() const;
 
-    std::vector<monarch_page> get_pages() const;
+    std::vector<monarch_page> get_pages(llama_seq_id seq_id) const;
 
 private:
     monarch_kv_cache(
             const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-            const monarch_knobs & knobs, uint32_t n_slots, uint32_t seed);
+            const monarch_knobs & knobs, uint32_t seed);
 
     // cold store of one layer
     struct cold_layer {
@@ -102,43 +106,66 @@ private:
         ggml_tensor * state;
     };
 
-    // a page that leaves the hot window in the present step
+    // a page that leaves the hot window in the present step; of several sequences, if they share its slots
     struct page_out {
-        int32_t              first_pos;
-        uint32_t             mask;
-        std::vector<int32_t> slots;
+        int32_t                   first_pos;
+        uint32_t                  mask;
+        std::vector<int32_t>      slots;
+        std::vector<llama_seq_id> seqs;
     };
 
-    uint32_t n_tokens() const;
-    uint32_t n_hot()    const;
-    int32_t  resolve_mode() const;
+    // what a step changes apart from the tensors
+    struct places {
+        llama_kv_cells                  cells;
+        monarch_page_pool               pool;
+        std::vector<monarch_page_table> tables;
+    };
 
-    bool     fits(const std::vector<llama_ubatch> & ubatches) const;
+    uint32_t n_seqs()   const { return tables.size(); }
+    uint32_t n_tokens() const;
+    uint32_t n_tokens(llama_seq_id seq_id) const;
+    uint32_t n_hot()    const;
+    int32_t  resolve_mode(llama_seq_id seq_id) const;
+
+    bool      is_supported(const llama_ubatch & ubatch) const;
+    bool      has_room(const llama_ubatch & ubatch) const;
+    bool      fits(const std::vector<llama_ubatch> & ubatches);
+    slot_info find_cells(const llama_ubatch & ubatch) const;
+    uint32_t  find_cell(llama_seq_id seq_id, std::vector<bool> & is_taken) const;
+
     void     schedule_page_outs();
+    void     schedule_page_outs(llama_seq_id seq_id);
+    void     commit_page_outs();
+    void     remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     update_summaries(const monarch_page_table::page & page);
+    void     apply_logs();
+
+    // a sequence, or all of them, is given up for what `place` puts there; if that throws, all is as it was
+    void     replace(llama_seq_id seq_id, const std::function<void()> & place);
     bool     is_sticky(uint8_t count) const;
 
     // of stock's states
-    void     stock_read        (llama_io_read_i & io, bool is_whole);
+    void     stock_read        (llama_io_read_i & io, uint32_t n_streams, llama_seq_id seq_id);
+    void     stock_place       (monarch_stock_state & state, llama_seq_id seq_id);
     void     stock_restore     (const monarch_stock_state & state);
-    void     stock_restore_page(const monarch_stock_state & state, size_t i_layer, uint32_t i_page, size_t i0);
-    void     stock_restore_slot(const monarch_stock_state & state, size_t i, uint32_t slot);
+    void     stock_restore_page(const monarch_stock_state & state, size_t i_layer, size_t i_page);
+    void     stock_restore_slot(const monarch_stock_state & state, size_t i_hot);
 
     // of our own
-    monarch_paged_state paged_describe() const;
+    monarch_paged_state paged_describe(llama_seq_id seq_id) const;
 
-    void     paged_write_hot   (llama_io_write_i & io) const;
-    void     paged_write_page  (llama_io_write_i & io, const monarch_page_table::page & page) const;
-    void     paged_write_sticky(llama_io_write_i & io) const;
-    void     paged_read        (llama_io_read_i & io);
-    void     paged_restore     (const monarch_paged_state & state);
+    void     paged_write_hot   (llama_io_write_i & io, const monarch_paged_state & state) const;
+    void     paged_write_page  (llama_io_write_i & io, int32_t phys) const;
+    void     paged_write_sticky(llama_io_write_i & io, const monarch_paged_state & state) const;
+    void     paged_read        (llama_io_read_i & io, llama_seq_id seq_id);
+    void     paged_place       (monarch_paged_state & state, llama_seq_id seq_id);
+    void     paged_restore     (const monarch_paged_state & state, bool is_alone);
 
     size_t   paged_hot_size   (uint32_t n) const;
     size_t   paged_page_size  ()           const;
     size_t   paged_sticky_size(uint32_t n) const;
 
-    void     forget_logs();
-    uint32_t n_page_outs_max() const { return n_ubatch/knobs.page_size + 2; } // of one step
+    uint32_t n_page_outs_max() const { return n_seqs()*(n_ubatch/knobs.page_size + 2); } // of one step
 
     std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
 
@@ -150,6 +177,8 @@ private:
     monarch_hooks hooks = {};
 
     const uint32_t n_ctx;
+    const uint32_t n_ctx_seq;
+    const bool     is_unified;
     const uint32_t n_ubatch;
     const uint32_t n_threads;
     const uint32_t n_head_kv;
@@ -157,11 +186,12 @@ private:
     const uint32_t n_pages_max;
     const uint32_t fingerprint; // of the model
 
-    monarch_page_table    table;
-    std::vector<page_out> pending;
+    monarch_page_pool               pool;
+    std::vector<monarch_page_table> tables;
+    std::vector<page_out>           pending;
 
-    int32_t  mode       = MONARCH_MODE_EXACT; // of the present step: auto is resolved
-    uint32_t n_attended = 0;                 // cold pages there were in the present step
+    int32_t               mode = MONARCH_MODE_EXACT; // of the present step's last token: auto is resolved
+    std::vector<uint32_t> n_attended;                // cold pages that each sequence attended in the present step in mode exact
     int32_t  step       = 0;
     int32_t  committed  = 0;
     uint64_t n_page_outs = 0;

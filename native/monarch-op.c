@@ -26,7 +26,7 @@ struct ggml_tensor * ggml_monarch_attend(
     GGML_ASSERT(q->type == GGML_TYPE_F32);
     GGML_ASSERT(q->ne[0] == k->ne[0] && q->ne[0] == v->ne[0] && q->ne[0] == params->codec.head_dim);
     GGML_ASSERT(q->ne[1] % k->ne[1] == 0);
-    GGML_ASSERT(k->ne[2] == mask->ne[0] && q->ne[2] == mask->ne[1]);
+    GGML_ASSERT(k->ne[2] == mask->ne[0] && q->ne[2] == mask->ne[1]*mask->ne[3]);
     GGML_ASSERT(mask->type == GGML_TYPE_F16 || mask->type == GGML_TYPE_F32);
 
     struct ggml_tensor * result = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, q->ne[0], q->ne[1], q->ne[2]);

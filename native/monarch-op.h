@@ -7,7 +7,7 @@
 //   pool      I8  [block_size, n_pages, n_head_kv]    cold records, monarch-codec.h
 //   summary   I8  [group_size, n_pages/16, n_head_kv] page summaries in groups of 16 pages, monarch-summary.h
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
-//   table     I32 [MONARCH_TABLE_HEADER + 2*n_pages]  input: the step's knobs, then (physical page, token mask) per cold page
+//   table     I32 [...]                               input: the step's knobs, its runs, then (physical page, token mask) per cold page
 //   page_outs I32 [1 + n_max*(1 + page_size)]         input: count, then (physical page, ring slots) per page to encode
 
 #include "ggml.h"
@@ -35,8 +35,8 @@ struct monarch_op_params {
 
 // header of the table input; floats are stored as their bits
 enum monarch_table_field {
-    MONARCH_TABLE_N_PAGES,
-    MONARCH_TABLE_MODE,                // window, paged or exact: auto is resolved
+    MONARCH_TABLE_N_RUNS,
+    MONARCH_TABLE_N_RUNS_MAX,          // room for them after the header; the pages follow
     MONARCH_TABLE_PROMOTE_PAGES,
     MONARCH_TABLE_DENSE_PAGES,
     MONARCH_TABLE_PROMOTION_THRESHOLD, // float
@@ -51,6 +51,23 @@ enum monarch_table_field {
 MONARCH_HD static inline int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens) {
     const int64_t n = 64/n_gqa < n_tokens ? 64/n_gqa : n_tokens;
     return n > 1 ? n : 1;
+}
+
+// consecutive tokens of a ubatch that belong to one sequence
+struct monarch_table_run {
+    int32_t seq;
+    int32_t i_token;    // the first
+    int32_t n_tokens;
+    int32_t is_last;    // the sequence's last run of this step
+    int32_t mode;       // window, paged or exact: auto is resolved
+    int32_t first_page; // of the sequence, in the list of pages
+    int32_t n_pages;
+    int32_t reserved;
+};
+
+// elements before the list of pages
+MONARCH_HD static inline int64_t monarch_table_head_size(int64_t n_runs_max) {
+    return MONARCH_TABLE_HEADER + n_runs_max*(int64_t) (sizeof(struct monarch_table_run)/sizeof(int32_t));
 }
 
 // byte offset of a physical page's block of one KV head in the pool

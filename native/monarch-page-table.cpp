@@ -3,6 +3,72 @@
 #include <algorithm>
 #include <random>
 
+//
+// monarch_page_pool
+//
+
+void monarch_page_pool::init(uint32_t n_pages, uint32_t seed_new) {
+    refs.resize(n_pages);
+    live.resize(n_pages);
+    seed = seed_new;
+
+    clear();
+}
+
+void monarch_page_pool::clear() {
+    const uint32_t n_pages = refs.size();
+
+    n_cold = 0;
+
+    free.resize(n_pages);
+    for (uint32_t i = 0; i < n_pages; ++i) {
+        free[i] = n_pages - 1 - i;
+        refs[i] = 0;
+    }
+
+    if (seed != 0) {
+        std::shuffle(free.begin(), free.end(), std::mt19937(seed));
+    }
+}
+
+int32_t monarch_page_pool::get_free(uint32_t i) const {
+    return free[free.size() - 1 - i];
+}
+
+int32_t monarch_page_pool::take(int32_t n_tokens) {
+    const int32_t page = get_free(0);
+
+    free.pop_back();
+
+    refs[page] = 1;
+    live[page] = n_tokens;
+    n_cold    += n_tokens;
+
+    return page;
+}
+
+void monarch_page_pool::share(int32_t page) {
+    refs[page]++;
+}
+
+void monarch_page_pool::release(int32_t page) {
+    if (--refs[page] == 0) {
+        n_cold -= live[page];
+        free.push_back(page);
+    }
+}
+
+void monarch_page_pool::cut(int32_t page, int32_t n_tokens) {
+    if (!is_shared(page)) {
+        n_cold    -= live[page] - n_tokens;
+        live[page] = n_tokens;
+    }
+}
+
+//
+// monarch_page_table
+//
+
 int32_t monarch_page_table::page::n_tokens() const {
     int32_t res = 0;
     for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
@@ -27,37 +93,36 @@ int32_t monarch_page_table::page::end() const {
     return first_pos + i;
 }
 
-void monarch_page_table::init(uint32_t n_phys_new, uint32_t seed_new) {
-    n_phys = n_phys_new;
-    seed   = seed_new;
-
-    clear();
-}
-
 void monarch_page_table::clear() {
     pages.clear();
-    free.resize(n_phys);
 
     n_cold = 0;
-
-    for (uint32_t i = 0; i < n_phys; ++i) {
-        free[i] = n_phys - 1 - i;
-    }
-
-    if (seed != 0) {
-        std::shuffle(free.begin(), free.end(), std::mt19937(seed));
-    }
 }
 
-int32_t monarch_page_table::get_free(uint32_t i) const {
-    return free[free.size() - 1 - i];
+int32_t monarch_page_table::begin() const {
+    return pages.empty() ? -1 : pages.front().begin();
 }
 
-void monarch_page_table::push(int32_t first_pos, uint32_t mask) {
-    pages.push_back({ get_free(0), first_pos, mask });
-    free.pop_back();
+int32_t monarch_page_table::end() const {
+    int32_t res = 0;
 
-    n_cold += pages.back().n_tokens();
+    // a page may fill the hole of the one before
+    for (auto it = pages.rbegin(); it != pages.rend() && it->first_pos + 32 > res; ++it) {
+        res = std::max(res, it->end());
+    }
+    return res;
+}
+
+void monarch_page_table::push(int32_t phys, int32_t first_pos, uint32_t mask) {
+    const page entry = { phys, first_pos, mask };
+
+    auto it = pages.end();
+    while (it != pages.begin() && (it - 1)->begin() > entry.begin()) {
+        --it;
+    }
+    pages.insert(it, entry);
+
+    n_cold += entry.n_tokens();
 }
 
 // tokens of a page at [p0, p1)
@@ -70,34 +135,48 @@ static uint32_t monarch_page_mask(const monarch_page_table::page & page, int32_t
     return res & page.mask;
 }
 
-std::vector<monarch_page_table::page> monarch_page_table::remove(int32_t p0, int32_t p1) {
+std::vector<monarch_page_table::page> monarch_page_table::remove(monarch_page_pool & pool, int32_t p0, int32_t p1) {
     std::vector<page>    cut;
-    std::vector<int32_t> freed;
+    std::vector<int32_t> gone;
 
     const auto first = std::find_if(pages.begin(), pages.end(), [p0](const page & page) { return page.end() > p0; });
 
     auto out = first;
     auto it  = first;
     for (; it != pages.end() && it->begin() < p1; ++it) {
-        const uint32_t gone = monarch_page_mask(*it, p0, p1);
+        const uint32_t mask = monarch_page_mask(*it, p0, p1);
 
         n_cold -= it->n_tokens();
-        it->mask &= ~gone;
+        it->mask &= ~mask;
 
         if (it->mask == 0) {
-            freed.push_back(it->phys);
+            gone.push_back(it->phys);
             continue;
         }
         n_cold += it->n_tokens();
-        if (gone != 0) {
+        if (mask != 0) {
             cut.push_back(*it);
+            pool.cut(it->phys, it->n_tokens());
         }
         *out++ = *it;
     }
     pages.erase(std::move(it, pages.end(), out), pages.end());
 
     // the first of them is used first: neighbours stay neighbours
-    free.insert(free.end(), freed.rbegin(), freed.rend());
+    for (auto phys = gone.rbegin(); phys != gone.rend(); ++phys) {
+        pool.release(*phys);
+    }
 
     return cut;
+}
+
+void monarch_page_table::share(monarch_page_pool & pool, const monarch_page_table & src, int32_t p0, int32_t p1) {
+    for (const page & page : src.pages) {
+        const uint32_t mask = monarch_page_mask(page, p0, p1);
+
+        if (mask != 0) {
+            pool.share(page.phys);
+            push(page.phys, page.first_pos, mask);
+        }
+    }
 }

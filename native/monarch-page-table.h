@@ -1,9 +1,41 @@
 #pragma once
 
-// Page table of one sequence and the pool of physical pages behind it: which cold page holds which tokens.
+// The pool of physical pages, and one sequence's page table: which cold page holds which of its tokens.
+//
+// A page never changes once it is encoded, so sequences share pages: the pool counts the tables that hold each.
 
 #include <cstdint>
 #include <vector>
+
+class monarch_page_pool {
+public:
+    // seed: 0 hands out physical pages in ascending order, anything else in a shuffled one
+    void init(uint32_t n_pages, uint32_t seed);
+
+    // all pages become free
+    void clear();
+
+    // the physical page that the i-th next take() will return
+    int32_t  get_free(uint32_t i) const;
+    uint32_t n_free()   const { return free.size(); }
+    uint32_t n_used()   const { return refs.size() - free.size(); }
+    uint32_t n_tokens() const { return n_cold; } // of all pages; a shared one counts once, whole until its last holder cuts it
+
+    int32_t take   (int32_t n_tokens);
+    void    share  (int32_t page);
+    void    release(int32_t page);
+    void    cut    (int32_t page, int32_t n_tokens); // n_tokens are left of it in one table
+
+    bool is_shared(int32_t page) const { return refs[page] > 1; }
+
+private:
+    uint32_t seed   = 0;
+    uint32_t n_cold = 0;
+
+    std::vector<int32_t>  free; // used from the back
+    std::vector<uint32_t> refs; // tables that hold a page
+    std::vector<uint8_t>  live; // its tokens
+};
 
 class monarch_page_table {
 public:
@@ -17,31 +49,28 @@ public:
         int32_t end()      const; // and one past the last
     };
 
-    // seed: 0 hands out physical pages in ascending order, anything else in a shuffled one
-    void init(uint32_t n_phys, uint32_t seed);
-
-    // all pages become free
     void clear();
 
-    // the physical page that the i-th next push will use
-    int32_t  get_free(uint32_t i) const;
-    uint32_t n_free() const { return free.size(); }
-
-    void push(int32_t first_pos, uint32_t mask);
+    // phys: the caller took or shared it
+    void push(int32_t phys, int32_t first_pos, uint32_t mask);
 
     // forget the tokens at [p0, p1); returns the pages that lost some but not all
-    std::vector<page> remove(int32_t p0, int32_t p1);
+    std::vector<page> remove(monarch_page_pool & pool, int32_t p0, int32_t p1);
+
+    // the pages of src with tokens at [p0, p1), where this table holds nothing
+    void share(monarch_page_pool & pool, const monarch_page_table & src, int32_t p0, int32_t p1);
 
     const std::vector<page> & get_pages() const { return pages; }
 
     uint32_t n_pages()  const { return pages.size(); }
     uint32_t n_tokens() const { return n_cold; }
 
+    // positions of the first token and one past the last; -1 and 0 if there is none
+    int32_t begin() const;
+    int32_t end()   const;
+
 private:
-    uint32_t n_phys = 0;
-    uint32_t seed   = 0;
     uint32_t n_cold = 0;
 
-    std::vector<page>    pages; // ascending positions
-    std::vector<int32_t> free;  // used from the back
+    std::vector<page> pages; // ascending positions
 };

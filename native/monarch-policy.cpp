@@ -61,9 +61,24 @@ int32_t monarch_policy_select(
     return n_chosen;
 }
 
+// the log's entry of a page: another sequence may have made it in this step
+static monarch_log_entry * monarch_policy_get_entry(monarch_head_state * head, int64_t n_pages_max, int32_t page) {
+    monarch_log_entry * log   = monarch_head_state_log(head);
+    int32_t           * index = monarch_head_state_log_index(head, n_pages_max) + page;
+
+    // the index of a page that was never logged is anything
+    if (*index < 0 || *index >= head->n_log || log[*index].page != page) {
+        *index = head->n_log++;
+
+        log[*index] = { page, 0, INT16_MAX, 0.0f, 0.0f };
+    }
+    return &log[*index];
+}
+
 void monarch_policy_write_log(
         const monarch_policy      * policy,
         monarch_head_state        * head,
+        int32_t                     seq,
         int64_t                     n_pages_max,
         int32_t                     n_pages,
         const monarch_table_entry * table,
@@ -73,9 +88,6 @@ void monarch_policy_write_log(
         const int32_t             * chosen) {
     const uint8_t * count = monarch_head_state_count(head, n_pages_max);
 
-    monarch_log_entry * log = monarch_head_state_log(head);
-
-    int32_t n_log    = 0;
     int32_t i_chosen = 0;
 
     for (int32_t i = 0; i < n_pages; ++i) {
@@ -87,12 +99,14 @@ void monarch_policy_write_log(
             continue;
         }
 
-        const int32_t flags = (promote ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (sticky ? MONARCH_LOG_STICKY : 0);
+        monarch_log_entry * entry = monarch_policy_get_entry(head, n_pages_max, page);
 
-        log[n_log++] = { page, flags, probability[i], promote ? measured[i_chosen] : 0.0f };
+        entry->flags    |= (promote ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (sticky ? MONARCH_LOG_STICKY : 0);
+        entry->estimated = std::max(entry->estimated, probability[i]);
 
-        i_chosen += promote;
+        if (promote) {
+            entry->seq      = std::min<int32_t>(entry->seq, seq);
+            entry->measured = std::max(entry->measured, measured[i_chosen++]);
+        }
     }
-
-    head->n_log = n_log;
 }

@@ -39,7 +39,7 @@ MONARCH_HD static inline bool monarch_policy_is_sticky(const struct monarch_poli
 // what a step logged
 MONARCH_HD static inline void monarch_policy_apply_entry(
         const struct monarch_policy * policy, const struct monarch_log_entry * entry, uint8_t * count, float * importance) {
-    if (entry->flags & MONARCH_LOG_DROPPED) {
+    if (!(entry->flags & MONARCH_LOG_PROMOTED)) {
         *count      = 0;
         *importance = 0.0f;
         return;
@@ -81,10 +81,11 @@ int32_t monarch_policy_select(
         float                            * rank,
         int32_t                          * chosen);
 
-// logs the step's promotions under its id; measured: [n_chosen]
+// logs a sequence's promotions of this step; measured: [n_chosen]
 void monarch_policy_write_log(
         const struct monarch_policy      * policy,
         struct monarch_head_state        * head,
+        int32_t                            seq,
         int64_t                            n_pages_max,
         int32_t                            n_pages,
         const struct monarch_table_entry * table,

@@ -23,14 +23,16 @@ enum monarch_log_flags {
     MONARCH_LOG_DROPPED  = 4, // it was sticky and lost its place
 };
 
+// what became of a page in one step; sequences that share the page share the entry
 struct monarch_log_entry {
     int32_t page; // physical
-    int32_t flags;
+    int16_t flags;
+    int16_t seq;  // the first that promoted it
     float   estimated;
     float   measured;
 };
 
-// one KV head; followed by log[n_pages], importance[n_pages] (float) and count[n_pages] (uint8_t)
+// one KV head; followed by log[n_pages], log_index[n_pages] (int32_t), importance[n_pages] (float) and count[n_pages] (uint8_t)
 struct monarch_head_state {
     int32_t  step;         // the step that wrote the log
     int32_t  n_log;
@@ -41,7 +43,7 @@ struct monarch_head_state {
 };
 
 MONARCH_HD static inline size_t monarch_head_state_size(int64_t n_pages) {
-    const size_t size = sizeof(struct monarch_head_state) + n_pages*(sizeof(struct monarch_log_entry) + sizeof(float) + 1);
+    const size_t size = sizeof(struct monarch_head_state) + n_pages*(sizeof(struct monarch_log_entry) + sizeof(int32_t) + sizeof(float) + 1);
     return (size + 63)/64*64;
 }
 
@@ -57,8 +59,13 @@ MONARCH_HD static inline struct monarch_log_entry * monarch_head_state_log(struc
     return (struct monarch_log_entry *) (head + 1);
 }
 
+// where a physical page may be in the log; it is there if the log says so, too
+MONARCH_HD static inline int32_t * monarch_head_state_log_index(struct monarch_head_state * head, int64_t n_pages) {
+    return (int32_t *) (monarch_head_state_log(head) + n_pages);
+}
+
 MONARCH_HD static inline float * monarch_head_state_importance(struct monarch_head_state * head, int64_t n_pages) {
-    return (float *) (monarch_head_state_log(head) + n_pages);
+    return (float *) (monarch_head_state_log_index(head, n_pages) + n_pages);
 }
 
 // promotions of each physical page; a page is sticky while it has at least sticky_threshold of them

@@ -50,8 +50,14 @@ PHASES = (
     Phase(170, 2048, LATER, divide=2),
     Phase(80, 4096, LATER, divide=2),
 )
-N_STEPS = sum(phase.n_steps for phase in PHASES)
-N_WARM_UP, N_PLATEAU = 18, 720  # of N_STEPS, too
+# a second time, with mostly questions: what brings answers of several tokens wholly right is many steps at low rates
+LAST = Mixture(repeat=0.05, lists=0.1, facts=0.5, chats=0.15, varied=True)
+LAST_PHASES = (Phase(500, 512, LAST), Phase(300, 1024, LAST), Phase(200, 2048, LAST), Phase(100, 4096, LAST))
+
+N_WARM_UP, N_PLATEAU = 18, 720  # of N_STEPS, as are the next two
+N_FIRST = sum(phase.n_steps for phase in PHASES)
+N_STEPS = N_FIRST + sum(phase.n_steps for phase in LAST_PHASES)
+LAST_RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -114,18 +120,20 @@ def make_optimizers(net: Net, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, n_steps: int) -> float:
-    """Warm-up, a plateau, then down to nothing."""
+    """Warm-up, a plateau, down to nothing; then all of it lower and without a plateau."""
     at = step * N_STEPS / n_steps
-    return min(1.0, at / N_WARM_UP, (N_STEPS - at) / (N_STEPS - N_PLATEAU) + 0.001)
+    if at < N_FIRST:
+        return min(1.0, at / N_WARM_UP, (N_FIRST - at) / (N_FIRST - N_PLATEAU) + 0.001)
+    return LAST_RATE * min((at - N_FIRST) / N_WARM_UP, (N_STEPS - at) / (N_STEPS - N_FIRST)) + 0.001
 
 
 def find_phase(step: int, n_steps: int) -> Phase:
     at = step * N_STEPS / n_steps
-    for phase in PHASES:
+    for phase in PHASES + LAST_PHASES:
         if at < phase.n_steps:
             return phase
         at -= phase.n_steps
-    return PHASES[-1]
+    return LAST_PHASES[-1]
 
 
 class Run:

@@ -15,7 +15,7 @@ def run_child(lib_dir: Path, script: str, args: Sequence[object] = (), *, env: M
               stdin: str = "") -> str:
     """Standard output of tests/<script> on the library in lib_dir; only the MONARCH_* variables given reach it."""
     command = [sys.executable, str(TESTS / script), *map(str, args)]
-    result = subprocess.run(command, input=stdin, capture_output=True, text=True, env=_environment(lib_dir, env or {}))
+    result = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment(lib_dir, env or {}))
     assert result.returncode == 0, f"{script} ended with status {result.returncode}:\n{result.stderr[-4000:]}"
     return result.stdout
 
@@ -25,7 +25,7 @@ def run_child_json(lib_dir: Path, script: str, args: Sequence[object] = (), **op
     return json.loads(run_child(lib_dir, script, args, **options).splitlines()[-1])
 
 
-def _environment(lib_dir: Path, extra: Mapping[str, str]) -> dict[str, str]:
+def environment(lib_dir: Path, extra: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if _is_kept(name)}
     return kept | {"LLAMA_CPP_LIB_PATH": str(lib_dir)} | dict(extra)
 

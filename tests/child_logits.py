@@ -50,6 +50,8 @@ class Context:
         cparams.n_ctx = case["n_ctx"]
         cparams.n_batch = max(case["n_ctx"], case["n_ubatch"])
         cparams.n_ubatch = case["n_ubatch"]
+        cparams.n_seq_max = case.get("n_seq_max", 1)
+        cparams.kv_unified = case.get("kv_unified", False)
         cparams.n_threads = cparams.n_threads_batch = case.get("n_threads", 2)
         cparams.flash_attn_type = 1 if case.get("flash_attn") else 0
         cparams.type_k = TYPES[case.get("type_k", "f16")]

@@ -131,13 +131,15 @@ struct test_tensor {
 
 // physical pages in an order of their own; some pages were cut
 static void table_fill(const test_case & c, int64_t n_pages_max, int32_t * table) {
-    table[MONARCH_TABLE_N_PAGES]        = c.n_pages;
-    table[MONARCH_TABLE_MODE]           = c.mode;
+    table[MONARCH_TABLE_N_RUNS]         = 1;
+    table[MONARCH_TABLE_N_RUNS_MAX]     = 1;
     table[MONARCH_TABLE_PROMOTE_PAGES]  = c.n_promote;
     table[MONARCH_TABLE_DENSE_PAGES]    = c.n_promote;
     table[MONARCH_TABLE_STEP]           = 1;
 
-    monarch_table_entry * entries = (monarch_table_entry *) (table + MONARCH_TABLE_HEADER);
+    *(monarch_table_run *) (table + MONARCH_TABLE_HEADER) = { 0, 0, c.n_tokens, 1, c.mode, 0, c.n_pages, 0 };
+
+    monarch_table_entry * entries = (monarch_table_entry *) (table + monarch_table_head_size(1));
 
     const uint32_t all = c.page_size == 32 ? 0xffffffff : (1u << c.page_size) - 1;
 

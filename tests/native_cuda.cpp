@@ -9,14 +9,14 @@
 
 struct cuda_case {
     test_case base;
-    int32_t   residual_k, n_sm, n_steps, threshold, sticky_threshold, n_masked, hot_f32, q_zero; // threshold: in millionths
+    int32_t   residual_k, n_sm, n_steps, threshold, sticky_threshold, n_masked, hot_f32, q_zero, n_runs; // threshold: in millionths
 };
 
 static bool cuda_case_read(cuda_case * c) {
     test_case * b = &c->base;
-    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &b->head_dim, &b->n_gqa, &b->n_tokens, &b->page_size, &b->bits_k,
+    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &b->head_dim, &b->n_gqa, &b->n_tokens, &b->page_size, &b->bits_k,
             &b->bits_v, &b->scorer, &b->mode, &b->n_pages, &b->n_promote, &b->n_kv, &b->mask_f32, &c->residual_k, &c->n_sm, &c->n_steps,
-            &c->threshold, &c->sticky_threshold, &c->n_masked, &c->hot_f32, &c->q_zero) == 20;
+            &c->threshold, &c->sticky_threshold, &c->n_masked, &c->hot_f32, &c->q_zero, &c->n_runs) == 21;
 }
 
 // bytes with a guard on either side
@@ -88,7 +88,7 @@ static void compare_states(const test_case & c, int64_t n_pages_max, world & wan
 
             res->n_logged  += 1;
             res->n_dropped += (x.flags & MONARCH_LOG_DROPPED) != 0;
-            res->n_state   += x.page != y.page || x.flags != y.flags;
+            res->n_state   += x.page != y.page || x.flags != y.flags || x.seq != y.seq;
             // a NaN must not pass
             if (!(fabs(x.estimated - y.estimated) <= res->mass)) {
                 res->mass = fabs(x.estimated - y.estimated);
@@ -129,6 +129,36 @@ static bool run_emulated(ggml_tensor * dst, int32_t n_sm) {
     return work.is_whole();
 }
 
+static const int32_t MAX_RUNS = 4;
+
+// Runs of about as many tokens, each with all pages in an order of its own, so that sequences share them. The last run is of
+// the first one's sequence.
+static void runs_fill(const cuda_case & cc, int32_t * table) {
+    const test_case & c = cc.base;
+
+    const monarch_table_entry * from = (const monarch_table_entry *) (table + monarch_table_head_size(1));
+
+    const std::vector<monarch_table_entry> pages(from, from + c.n_pages);
+
+    monarch_table_run   * runs = (monarch_table_run   *) (table + MONARCH_TABLE_HEADER);
+    monarch_table_entry * list = (monarch_table_entry *) (table + monarch_table_head_size(MAX_RUNS));
+
+    table[MONARCH_TABLE_N_RUNS]     = cc.n_runs;
+    table[MONARCH_TABLE_N_RUNS_MAX] = MAX_RUNS;
+
+    for (int32_t i = 0; i < cc.n_runs; ++i) {
+        const bool    again   = i > 0 && i == cc.n_runs - 1;
+        const int32_t i_token = c.n_tokens*i/cc.n_runs;
+        const int32_t n_pages = i == 1 ? c.n_pages/2 : c.n_pages;
+
+        runs[i] = { again ? 0 : i, i_token, c.n_tokens*(i + 1)/cc.n_runs - i_token, i > 0 || cc.n_runs == 1, c.mode, i*c.n_pages, n_pages, 0 };
+
+        for (int32_t j = 0; j < c.n_pages; ++j) {
+            list[i*c.n_pages + j] = pages[i == 0 ? j : (j*7 + i)%c.n_pages];
+        }
+    }
+}
+
 static float bits_of(int32_t * dst, float x) {
     memcpy(dst, &x, sizeof(x));
     return x;
@@ -157,7 +187,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
     test_tensor k    (hot_type, cc.hot_f32 ? 4 : 2, c.head_dim, n_head_kv, c.n_kv);
     test_tensor v    (hot_type, cc.hot_f32 ? 4 : 2, c.head_dim, n_head_kv, c.n_kv);
     test_tensor mask (mask_type, c.mask_f32 ? 4 : 2, c.n_kv, c.n_tokens, 1);
-    test_tensor table(GGML_TYPE_I32, 4, MONARCH_TABLE_HEADER + 2*n_pages_max, 1, 1);
+    test_tensor table(GGML_TYPE_I32, 4, monarch_table_head_size(MAX_RUNS) + 2*MAX_RUNS*n_pages_max, 1, 1);
     test_tensor outs (GGML_TYPE_I32, 4, 1 + n_outs_max*(1 + c.page_size), 1, 1);
 
     seed = 1;
@@ -169,6 +199,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
 
     int32_t * fields = (int32_t *) table.tensor.data;
     table_fill(c, n_pages_max, fields);
+    runs_fill(cc, fields);
     bits_of(&fields[MONARCH_TABLE_PROMOTION_THRESHOLD], cc.threshold*1e-6f);
     bits_of(&fields[MONARCH_TABLE_IMPORTANCE_DECAY],    0.9f);
     fields[MONARCH_TABLE_STICKY_THRESHOLD] = cc.sticky_threshold;

@@ -29,7 +29,7 @@ static void test_case_run(const test_case & c) {
     test_tensor pool   (GGML_TYPE_I8, 1, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv);
     test_tensor summary(GGML_TYPE_I8, 1, MONARCH_SUMMARY_GROUP*monarch_summary_size(c.head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv);
     test_tensor state  (GGML_TYPE_I8, 1, monarch_state_size(n_head_kv, n_pages_max), 1, 1);
-    test_tensor table  (GGML_TYPE_I32, 4, MONARCH_TABLE_HEADER + 2*n_pages_max, 1, 1);
+    test_tensor table  (GGML_TYPE_I32, 4, monarch_table_head_size(1) + 2*n_pages_max, 1, 1);
     test_tensor dst    (GGML_TYPE_F32, 4, c.head_dim, n_head_kv*c.n_gqa, c.n_tokens);
 
     seed = 1;

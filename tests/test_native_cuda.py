@@ -55,6 +55,7 @@ class Case(NamedTuple):
     n_masked: int = 0  # the first slots of the ring, seen by nobody
     hot_f32: int = 0
     q_zero: int = 0
+    n_runs: int = 1  # of tokens of one sequence; more than one share the pages
 
 
 class Result(NamedTuple):
@@ -166,6 +167,15 @@ def test_sticky_pages_and_a_failed_step(emulation: Path) -> None:
     results = check(emulation, [sticky, sooner, never])
     assert results[0].n_dropped > 0 and results[1].n_dropped > 0
     assert results[2].n_dropped == 0
+
+
+def test_several_sequences_that_share_pages(emulation: Path) -> None:
+    base = Case(64, n_pages=9, n_promote=5, n_steps=6, sticky_threshold=2)  # 9 and 7: every run lists each page once
+    check(emulation, [
+        base._replace(mode=mode, n_tokens=n_tokens, n_runs=n_runs, n_gqa=n_gqa)
+        for mode in (PAGED, EXACT, WINDOW)
+        for n_tokens, n_runs, n_gqa in [(2, 2, 4), (5, 3, 16), (4, 4, 1)]
+    ])
 
 
 def test_threshold_and_budget(emulation: Path) -> None:

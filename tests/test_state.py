@@ -115,8 +115,8 @@ def test_a_damaged_state_is_refused_and_changes_nothing(
     """Cut at every byte of the header and at every page's border, every bit of the header, many of the body."""
     data = saved.read_bytes()
     size, rng = len(data), np.random.default_rng(3)
-    n_pages, n_hot = (int.from_bytes(data[at : at + 4], "little") for at in (68, 72))
-    tables = UPSTREAM_HEADER + HEADER + 8 * n_pages + 4 * n_hot + 4
+    n_pages, n_hot = (int.from_bytes(data[at : at + 4], "little") for at in (72, 76))
+    tables = UPSTREAM_HEADER + HEADER + 12 + 12 * n_pages + 8 * n_hot + 4
     pages = tables + n_hot * 2 * 2 * 2 * 64 * 2 + 4
     cuts = [*range(tables + 1), *range(pages, size, RECORDS + 4), *range(pages - 4, pages), *range(size - 9, size)]
     bits = [*range(8 * UPSTREAM_HEADER, 8 * tables), *map(int, rng.integers(8 * tables, 8 * size, 300)), 8 * size - 1]

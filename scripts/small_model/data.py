@@ -17,7 +17,7 @@ from .tokenizer import ASSISTANT, BOS, EOS, USER
 
 ANSWER_WEIGHT = 3.0
 QUESTION_WEIGHT = 0.2
-FACT_WEIGHT = 0.1  # nobody can know it beforehand
+FACT_WEIGHT = 0.0  # nobody can know it beforehand, and it has no place in a story
 
 
 @dataclass(frozen=True)
