@@ -1,20 +1,23 @@
-"""The arms of an A/B comparison: a build and its knobs."""
+"""The arms of an A/B comparison: a build, its KV type and its knobs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import library
-from .knobs import ENV_PREFIX, Knobs, specs
+from .errors import UsageError
+from .knobs import ENV_PREFIX, Knobs, find_spec, specs
 
 STOCK = "stock"
 
-# None: unmodified upstream, which has no knobs
-_MODES = {STOCK: None, "patched-off": "off", "window": "window", "paged": "paged", "exact": "exact"}
+# unmodified upstream, which has no knobs
+_STOCK_TYPES = {STOCK: "f16", "stock-q8_0": "q8_0", "stock-q4_0": "q4_0", "stock-iq4_nl": "iq4_nl"}
+_MODES = {"patched-off": "off", "window": "window", "paged": "paged", "exact": "exact"}
 
-ARMS = tuple(_MODES)
+ARMS = (*_STOCK_TYPES, *_MODES)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Arm:
     name: str
     bin_dir: Path
     knobs: Knobs | None
+    type_kv: str = "f16"
 
     @property
     def build(self) -> str:
@@ -33,8 +37,10 @@ class Arm:
 
     @property
     def flash_attn(self) -> tuple[int, ...]:
-        """Settings to run: upstream is judged by its best one, and a paged cache attends by itself."""
-        return (0,) if self.pages else (0, 1)
+        """Settings to run: upstream is judged by its best one, which only f16 has; a paged cache attends by itself."""
+        if self.pages:
+            return (0,)
+        return (0, 1) if self.type_kv == "f16" else (1,)
 
     def environment(self) -> dict[str, str]:
         """For a child process: this arm's library and knobs, none of the caller's knobs."""
@@ -44,8 +50,51 @@ class Arm:
         return kept | {"LLAMA_CPP_LIB_PATH": str(self.bin_dir)} | knobs
 
 
+def stock_arm() -> Arm:
+    return make_arm(STOCK, Knobs())
+
+
 def make_arm(name: str, knobs: Knobs) -> Arm:
-    mode = _MODES[name]
-    if mode is None:
-        return Arm(name, library.stock_dir(), None)
-    return Arm(name, library.patched_dir(), knobs.replace(mode=mode))
+    if name in _STOCK_TYPES:
+        return Arm(name, library.stock_dir(), None, _STOCK_TYPES[name])
+    return Arm(name, library.patched_dir(), knobs.replace(mode=_MODES[name]))
+
+
+def make_arms(names: str, given: Sequence[str], knobs: Knobs) -> list[Arm]:
+    """Those of --arms, then those of --arm; every name and knob is checked before anything is looked for."""
+    chosen = _parse_names(names)
+    extra: dict[str, Knobs] = {}
+    for text in given:
+        name, changed = _parse_arm(text, knobs)
+        if name in extra:
+            raise UsageError(f"--arm {text}: there is an arm {name} already")
+        extra[name] = changed
+    if not chosen and not extra:
+        raise UsageError("no arm to compare: name some with --arms or --arm")
+    arms = [make_arm(name, knobs) for name in chosen]
+    return arms + [Arm(name, library.patched_dir(), changed) for name, changed in extra.items()]
+
+
+def _parse_names(text: str) -> list[str]:
+    names = text.split(",") if text else []
+    if len(set(names)) < len(names) or not set(names) <= set(ARMS):
+        raise UsageError(f"--arms {text}: allowed is {', '.join(ARMS)}, each once")
+    return names
+
+
+def _parse_arm(text: str, knobs: Knobs) -> tuple[str, Knobs]:
+    """NAME:knob=value,... on top of the knobs given for all."""
+    name, _, pairs = text.partition(":")
+    if not name or name in ARMS or not name.replace("-", "").replace("_", "").isalnum():
+        raise UsageError(f"--arm {text}: give NAME:knob=value,... with a name of its own, of letters, digits, - and _")
+    values = {"mode": "paged"}
+    for pair in filter(None, pairs.split(",")):
+        knob, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--arm {text}: {pair} is not knob=value")
+        try:
+            spec = find_spec(knob.strip())
+            values[spec.name] = spec.parse(value)
+        except UsageError as error:
+            raise UsageError(f"--arm {text}: {error}") from None
+    return name, knobs.replace(**values)

@@ -5,51 +5,70 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from . import builder_recipe, pin
 from .ab_arms import Arm
-from .builder_progress import Progress
+from .ab_lab import Lab
+from .ab_rows import Row
+from .ab_settings import Settings
 from .errors import MonarchError
 
 TOOL = "llama-bench"
 
-Row = dict[str, Any]
+Job = tuple[Arm, int]  # with a setting of flash attention
+Key = tuple[str, int, int, int, int]
 
 
-@dataclass(frozen=True)
-class Settings:
-    model: Path
-    depths: Sequence[int]
-    n_prompt: int
-    n_gen: int
-    n_threads: int | None
-    reps: int
-
-
-def run_bench(arms: Sequence[Arm], settings: Settings, progress: Progress) -> list[Row]:
+def run_bench(lab: Lab) -> None:
     """One row per arm, flash attention setting and test, with a sample per repetition; the first is thrown away."""
-    jobs = [(arm, flash_attn) for arm in arms for flash_attn in arm.flash_attn]
-    runs: dict[tuple, list[Row]] = defaultdict(list)
-    total = (settings.reps + 1) * len(jobs)
-    for i in range(total):
-        arm, flash_attn = jobs[i % len(jobs)]
-        progress.count(f"{TOOL} {arm.name}", i, total)
-        for row in _run_once(arm, flash_attn, settings):
-            if i >= len(jobs):
-                runs[arm.name, flash_attn, row["n_depth"], row["n_prompt"], row["n_gen"]].append(row)
-    progress.count(TOOL, total, total)
-    return [merge_rows(rows) for rows in runs.values()]
+    jobs = [(arm, flash_attn) for arm in lab.arms for flash_attn in arm.flash_attn]
+    receipts, rows = {}, {}
+    for arm in lab.arms:
+        taken, receipts[arm.name] = lab.take("speed", arm, lambda row: _test(row) in _tests(lab.settings))
+        rows |= {_key(row): row for row in taken}
+    left = Counter({job: lab.settings.reps - _n_done(job, lab.settings, rows) for job in jobs})
+    part = lab.part("speed", sum(n + 1 for n in left.values() if n > 0))
+    for round in range(lab.settings.reps + 1):
+        for arm, flash_attn in (job for job in jobs if left[job] > 0 and left[job] >= round):
+            if arm in lab.arms:
+                part.next(f"{TOOL}, {arm.name}, -fa {flash_attn}")
+                with lab.attempt(arm, "speed"):
+                    new = _run_once(arm, flash_attn, lab.settings)
+                    if round > 0:
+                        _add(rows, new, receipts[arm.name], lab)
+
+
+def _add(rows: dict[Key, Row], new: Sequence[Row], receipt: str, lab: Lab) -> None:
+    for row in new:
+        rows[_key(row)] = merge_rows([*filter(None, [rows.get(_key(row))]), row]) | {"receipt": receipt}
+    lab.rows.put(rows[_key(row)] for row in new)
+
+
+def _key(row: Row) -> Key:
+    return row["arm"], int(row["flash_attn"]), *_test(row)
+
+
+def _test(row: Row) -> tuple[int, int, int]:
+    return row["n_depth"], row["n_prompt"], row["n_gen"]
+
+
+def _tests(settings: Settings) -> list[tuple[int, int, int]]:
+    kinds = [(settings.n_prompt, 0)] * (settings.n_prompt > 0) + [(0, settings.n_gen)]
+    return [(depth, *kind) for depth in settings.depths for kind in kinds]
+
+
+def _n_done(job: Job, settings: Settings, rows: dict[Key, Row]) -> int:
+    keys = ((job[0].name, job[1], *test) for test in _tests(settings))
+    return min(len(rows[key]["samples_ts"]) if key in rows else 0 for key in keys)
 
 
 def _run_once(arm: Arm, flash_attn: int, settings: Settings) -> list[Row]:
     command = [str(arm.bin_dir / TOOL), "--output", "json", "--repetitions", "1", "--model", str(settings.model)]
     command += ["--n-depth", ",".join(map(str, settings.depths)), "--flash-attn", str(flash_attn)]
     command += ["--n-prompt", str(settings.n_prompt), "--n-gen", str(settings.n_gen)]
+    command += ["--cache-type-k", arm.type_kv, "--cache-type-v", arm.type_kv]
     command += ["--threads", str(settings.n_threads)] if settings.n_threads else []
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=arm.environment())

@@ -1,127 +1,96 @@
-"""One arm in a process of its own: what its cache holds, whether it pages, and what it recalls.
+"""One arm in a process of its own: what its cache holds, whether it pages, and how long a user waits.
 
 llama-bench cannot print the counters of the paged cache, so this run stands for it: the same library, knobs and depth.
-Prints one line of JSON. LLAMA_CPP_LIB_PATH and MONARCH_* choose the arm.
+Prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import random
-import subprocess
+import resource
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING
 
 from .ab_arms import Arm
-from .errors import MonarchError
-from .recall import MODEL_NAME
-from .recall_text import Haystack, Needle, make_haystack
+from .ab_child import Report, check_activity, kv_bytes, make_parser, open_model, read_stats, run_child, run_main
+from .ab_lab import Lab
+from .ab_rows import Row
 
 if TYPE_CHECKING:
     import llama_cpp
 
 N_UBATCH = 512
-N_NEEDLES = 10
-LEAST_RECALL_TOKENS = 1024
-_ROOM = 64  # for a question and its answer
-_N_DECODE = 4
-
-Report = dict[str, Any]
+_N_POINTS = 64  # of the timeline
 
 
-def run_probe(arm: Arm, model: Path, n_tokens: int, n_threads: int | None) -> Report:
-    command = [sys.executable, "-m", __name__, str(model), "--build", arm.build, "--tokens", str(n_tokens)]
-    command += ["--threads", str(n_threads)] if n_threads else []
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=arm.environment())
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or [f"it ended with status {result.returncode}"]
-        raise MonarchError(f"arm {arm.name}: {lines[-1].removeprefix('error: ')}")
-    report = json.loads(result.stdout.splitlines()[-1])
-    check_activity(arm, report["stats"])
-    return report
+def run_probes(lab: Lab) -> None:
+    """Memory, latency and paging at the greatest depth."""
+    facts = {"n_tokens": lab.settings.probe_tokens, "n_gen": lab.settings.n_gen}
+    jobs = [(arm, receipt) for arm in lab.arms for taken, receipt in [lab.take("memory", arm, **facts)] if not taken]
+    part = lab.part("memory", len(jobs))
+    for arm, receipt in jobs:
+        part.next(arm.name)
+        with lab.attempt(arm, "memory"):
+            options = ["--tokens", facts["n_tokens"], "--generate", facts["n_gen"]]
+            model, n_threads = lab.settings.model, lab.settings.n_threads
+            report = run_child(arm, __name__, [model, *options], arm.flash_attn[0], n_threads)
+            check_activity(arm, report["stats"])
+            lab.rows.put([_row(arm, report) | {"receipt": receipt}])
 
 
-def check_activity(arm: Arm, stats: Report | None) -> None:
-    """An arm that did not do what its name says is no measurement."""
-    if problem := _contradiction(arm, stats):
-        raise MonarchError(f"arm {arm.name} does not do what its name says: {problem}")
+def _row(arm: Arm, report: Report) -> Row:
+    held = {"type_kv": arm.type_kv, "flash_attn": arm.flash_attn[0], "knobs": dict(arm.knobs) if arm.knobs else None}
+    return {"row": "memory", "arm": arm.name, **held, **report}
 
 
-def _contradiction(arm: Arm, stats: Report | None) -> str | None:
-    if (stats is not None) != arm.pages:
-        return f"paging is {'off' if stats is None else 'on'}"
+# in the child
+
+
+def _measure(args: argparse.Namespace) -> Report:
+    llm = open_model(args, args.tokens + args.generate + 1, N_UBATCH)
+    tokens = _random_tokens(llm, args.tokens)
+    timeline = [_point(llm)]
+    start = time.perf_counter()
+    for i in range(0, len(tokens), N_UBATCH):
+        llm.eval(tokens[i : i + N_UBATCH])
+        timeline.append(_point(llm))
+    llm.eval([llm.sample(temp=0)])
+    first = time.perf_counter() - start
+    latencies = _decode(llm, args.generate, timeline)
+    stats = read_stats(llm)
+    sizes = {"n_tokens": llm.n_tokens, "kv_bytes": kv_bytes(llm, stats), "peak_rss_bytes": _peak_rss()}
+    times = {"first_token_s": first, "token_ms": latencies}
+    return sizes | times | {"stats": stats, "timeline": timeline}
+
+
+def _decode(llm: llama_cpp.Llama, n: int, timeline: list[list[int]]) -> list[float]:
+    """Milliseconds of each token."""
+    latencies = []
+    for i in range(n):
+        start = time.perf_counter()
+        llm.eval([llm.sample(temp=0)])
+        latencies.append(round(1e3 * (time.perf_counter() - start), 3))
+        if i % max(1, n // _N_POINTS) == 0:
+            timeline.append(_point(llm))
+    return latencies
+
+
+def _point(llm: llama_cpp.Llama) -> list[int]:
+    """Tokens held, hot, promoted and sticky (a mean over layers and KV heads), cold; bytes."""
+    stats = read_stats(llm)
     if stats is None:
-        return None
-    if stats["mode"] != arm.knobs.mode:
-        return f"it ran in mode {stats['mode']}"
-    if stats["n_cold"] == 0:
-        return None  # everything is hot: nothing to page, which the report says
-    if arm.knobs.mode == "window" and stats["n_promotions"]:
-        return f"{stats['n_promotions']} pages were promoted"
-    if arm.knobs.mode == "paged" and not stats["n_promotions"]:
-        return f"no page of {stats['n_cold']} cold tokens was promoted: see promote_tokens, promotion_threshold"
-    n_places = stats["n_layer"] * stats["n_head_kv"]
-    # the newest page may have left the hot window in this very step
-    if arm.knobs.mode == "exact" and stats["n_promoted"] < (stats["n_pages"] - 1) * n_places:
-        return f"it attended {stats['n_promoted']} of {stats['n_pages'] * n_places} cold pages"
-    return None
+        return [llm.n_tokens, llm.n_tokens, 0, 0, 0, kv_bytes(llm, None)]
+    n_places, page = max(1, stats["n_layer"] * stats["n_head_kv"]), llm.knobs().page_size
+    promoted, sticky = (round(stats[name] * page / n_places) for name in ("n_promoted", "n_sticky"))
+    return [llm.n_tokens, stats["n_hot"], promoted, sticky, stats["n_cold"], stats["kv_bytes"]]
 
 
-def _parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--build", choices=("stock", "patched"), required=True)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--threads", type=int)
-    return parser.parse_args()
-
-
-def _open_model(args: argparse.Namespace) -> llama_cpp.Llama:
-    if args.build == "patched":
-        from .llama import Llama
-    else:
-        from llama_cpp import Llama
-    options = {"n_ctx": args.tokens + _ROOM, "n_batch": N_UBATCH, "n_ubatch": N_UBATCH, "verbose": False}
-    return Llama(args.model, n_threads=args.threads, n_threads_batch=args.threads, **options)
-
-
-def _read_stats(llm: llama_cpp.Llama) -> Report | None:
-    """None where paging is off."""
-    if not hasattr(llm, "stats"):
-        return None
-    try:
-        stats = llm.stats()
-    except MonarchError:
-        return None
-    return dataclasses.asdict(stats) | {"kv_bytes": stats.kv_bytes}
-
-
-def _kv_bytes(llm: llama_cpp.Llama, stats: Report | None) -> int:
-    """Of upstream's cache: what it would save, K and V of the tokens held and a few bytes for each cell."""
-    from llama_cpp import llama_state_seq_get_size
-
-    return stats["kv_bytes"] if stats else llama_state_seq_get_size(llm.ctx, 0)
-
-
-def _make_haystack(llm: llama_cpp.Llama, n_tokens: int) -> Haystack | None:
-    """None for any model but the recall model, and where the depth is too short to hide anything in."""
-    if llm.metadata.get("general.name") != MODEL_NAME or n_tokens < LEAST_RECALL_TOKENS:
-        return None
-    return make_haystack(n_tokens, N_NEEDLES)
-
-
-def _ask(llm: llama_cpp.Llama, haystack: Haystack, needle: Needle) -> bool:
-    llm.n_tokens = len(haystack.tokens)  # eval() forgets what comes after
-    llm.eval(needle.question_tokens())
-    for expected in needle.answer_tokens():
-        token = llm.sample(temp=0)
-        if token != expected:
-            return False
-        llm.eval([token])
-    return True
+def _peak_rss() -> int:
+    """Of this process, weights and Python included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _random_tokens(llm: llama_cpp.Llama, n: int) -> list[int]:
@@ -130,30 +99,11 @@ def _random_tokens(llm: llama_cpp.Llama, n: int) -> list[int]:
     return [rng.randrange(llm.n_vocab()) for _ in range(n)]
 
 
-def _decode_some(llm: llama_cpp.Llama) -> None:
-    for _ in range(_N_DECODE):
-        llm.eval([llm.sample(temp=0)])
-
-
-def _measure(llm: llama_cpp.Llama, n_tokens: int) -> Report:
-    haystack = _make_haystack(llm, n_tokens)
-    llm.eval(haystack.tokens if haystack else _random_tokens(llm, n_tokens))
-    _decode_some(llm)
-    stats = _read_stats(llm)
-    report = {"n_tokens": llm.n_tokens, "kv_bytes": _kv_bytes(llm, stats), "stats": stats, "needles": None}
-    if haystack:
-        report["needles"] = [_ask(llm, haystack, needle) for needle in haystack.needles]
-    return report
-
-
 def main() -> int:
-    args = _parse_args()
-    try:
-        print(json.dumps(_measure(_open_model(args), args.tokens)))
-    except (MonarchError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser = make_parser()
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--generate", type=int, required=True)
+    return run_main(_measure, parser.parse_args())
 
 
 if __name__ == "__main__":

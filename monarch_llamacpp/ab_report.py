@@ -3,66 +3,49 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .ab_arms import STOCK
-from .ab_bench import Row
+from .ab_rows import Row
+from .ab_summary import MARGIN, Quality, Speeds, Test, speed, test_name, unique, verdict
 from .chat_view import MIB
 
-# nearer to stock than this is called equal
-_MARGIN = 0.05
 _NOISY = 0.20  # standard deviation over mean
 
-Test = tuple[int, int, int]  # depth, prompt tokens, generated tokens
+
+def print_report(console: Console, rows: Sequence[Row]) -> None:
+    by_kind = {kind: [row for row in rows if row["row"] == kind] for kind in ("speed", "memory", "quality", "failure")}
+    speeds = Speeds(by_kind["speed"])
+    if by_kind["speed"]:
+        console.print(_speed_table(speeds))
+    if by_kind["memory"]:
+        console.print(_memory_table(by_kind["memory"]))
+    if by_kind["quality"]:
+        console.print(_quality_table(Quality(by_kind["quality"])))
+    notes = [*_stock_notes(speeds), *_noise_notes(by_kind["speed"]), *_nothing_cold_notes(rows)]
+    for line in [*notes, *(f"failed: {row['reason']}" for row in by_kind["failure"])]:
+        console.print(line, highlight=False, markup=False)
+    console.print(verdict(rows), highlight=False, markup=False)
 
 
-class Speeds:
-    """The best row of each arm and test: only stock and patched-off have a choice, of flash attention."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._best: dict[tuple[str, Test], Row] = {}
-        for row in rows:
-            key = row["arm"], _test(row)
-            if key not in self._best or _speed(row) > _speed(self._best[key]):
-                self._best[key] = row
-
-    @property
-    def arms(self) -> list[str]:
-        return _unique(arm for arm, _ in self._best)
-
-    @property
-    def tests(self) -> list[Test]:
-        return _unique(test for _, test in self._best)
-
-    def row(self, arm: str, test: Test) -> Row | None:
-        return self._best.get((arm, test))
-
-    def ratio(self, arm: str, test: Test) -> float | None:
-        row, stock = self.row(arm, test), self.row(STOCK, test)
-        return _speed(row) / _speed(stock) if row and stock else None
-
-
-def print_report(console: Console, speed: Sequence[Row], quality: Sequence[Row], memory: Sequence[Row]) -> None:
-    speeds = Speeds(speed)
-    console.print(_speed_table(speeds))
-    console.print(_memory_table(quality, memory))
-    for line in [*_stock_notes(speeds), *_noise_notes(speed), *_nothing_cold_notes(memory)]:
-        console.print(line, highlight=False)
+def _make_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    return table
 
 
 def _speed_table(speeds: Speeds) -> Table:
-    table = Table(title="Speed, tokens per second", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("at depth", justify="right")
-    table.add_column("arm")
-    kinds = _unique((n_prompt, n_gen) for _, n_prompt, n_gen in speeds.tests)
-    for n_prompt, n_gen in kinds:
-        table.add_column(f"prompt {n_prompt}" if n_prompt else f"generate {n_gen}", justify="right")
-        table.add_column("vs stock", justify="right")
-    for depth in _unique(depth for depth, _, _ in speeds.tests):
+    kinds = unique((n_prompt, n_gen) for _, n_prompt, n_gen in speeds.tests)
+    names = [f"prompt {n_prompt}" if n_prompt else f"generate {n_gen}" for n_prompt, n_gen in kinds]
+    columns = [cell for name in names for cell in (name, "vs stock")]
+    table = _make_table("Speed, tokens per second: median ± standard deviation", "at depth", "arm", *columns)
+    for depth in unique(depth for depth, _, _ in speeds.tests):
         for i, arm in enumerate(speeds.arms):
             cells = (_speed_cells(speeds, arm, (depth, *kind)) for kind in kinds)
             table.add_row("" if i else str(depth), arm, *(cell for pair in cells for cell in pair))
@@ -75,25 +58,28 @@ def _speed_cells(speeds: Speeds, arm: str, test: Test) -> tuple[str, str]:
     if row is None:
         return "-", "-"
     noise = f" ±{100 * _noise(row):.0f}%" if len(row["samples_ts"]) > 1 else ""
-    return f"{_speed(row):.1f}{noise}", _ratio_cell(ratio)
+    return f"{speed(row):.1f}{noise}", _ratio_cell(ratio)
 
 
 def _ratio_cell(ratio: float | None) -> str:
     if ratio is None:
         return "-"
-    color = "red" if ratio < 1 - _MARGIN else "green" if ratio > 1 + _MARGIN else "default"
+    color = "red" if ratio < 1 - MARGIN else "green" if ratio > 1 + MARGIN else "default"
     return f"[{color}]{ratio:.2f}x[/]"
 
 
-def _memory_table(quality: Sequence[Row], memory: Sequence[Row]) -> Table:
-    title = f"Cache and recall after {memory[0]['n_tokens']} tokens"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("arm", "KV cache", "hot tokens", "cold tokens", "promotions", "found"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    recall = {row["arm"]: f"{row['n_found']} of {row['n_needles']}" for row in quality}
+def _memory_table(memory: Sequence[Row]) -> Table:
+    title = f"Cache and latency after {memory[0]['n_tokens']} tokens"
+    table = _make_table(title, "arm", "KV MiB", "hot", "cold", "promoted", "peak MiB", "first s", "ms", "p99")
     for row in memory:
-        table.add_row(row["arm"], f"{row['kv_bytes'] / MIB:.2f} MiB", *_page_cells(row), recall.get(row["arm"], "-"))
+        sizes = f"{row['kv_bytes'] / MIB:.4g}", *_page_cells(row), f"{row['peak_rss_bytes'] / MIB:.0f}"
+        times = statistics.median(row["token_ms"]), percentile(row["token_ms"], 99)
+        table.add_row(row["arm"], *sizes, f"{row['first_token_s']:.3g}", *(f"{time:.3g}" for time in times))
     return table
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
 
 
 def _page_cells(row: Row) -> tuple[str, str, str]:
@@ -103,17 +89,46 @@ def _page_cells(row: Row) -> tuple[str, str, str]:
     return str(stats["n_hot"]), str(stats["n_cold"]), str(stats["n_promotions"])
 
 
+def _quality_table(quality: Quality) -> Table:
+    title = "Quality against stock f16, token by token; prompt: KL through a prompt"
+    columns = "ppl", "KL", "prompt", "top", "found", "BLEU", "same", "read", "bytes"
+    table = _make_table(title, "arm", *columns)
+    if quality.control:
+        table.add_row("control", *_text_cells(quality.control_value), *("-",) * 5)
+    for arm in quality.arms:
+        found, row = quality.recall(arm), quality.row(arm, "kl_mean", "decode")
+        written = f"{quality.value(arm, 'bleu'):.0f}", f"{quality.value(arm, 'exact_match'):.0%}"
+        cells = f"{found[0]}/{found[1]}" if found else "-", *written, f"{row['attended']:.0%}"
+        table.add_row(arm, *_text_cells(partial(quality.value, arm)), *cells, f"{row['bytes_per_token']:.0f}")
+    return table
+
+
+def _text_cells(value: Callable[[str, str], float | None]) -> tuple[str, ...]:
+    kinds = ("perplexity", "decode"), ("kl_mean", "decode"), ("kl_mean", "prefill"), ("same_top", "decode")
+    return tuple(short(value(*kind)) for kind in kinds)
+
+
+def short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value >= 0.1:
+        return f"{value:.3g}"
+    return "0" if value < 1e-7 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
+
+
 def _stock_notes(speeds: Speeds) -> list[str]:
     rows = [(test, speeds.row(STOCK, test)) for test in speeds.tests]
-    faster = [f"{_name(test)} -fa {int(row['flash_attn'])}" for test, row in rows if row]
+    faster = [f"{test_name(test)} -fa {int(row['flash_attn'])}" for test, row in rows if row]
     return ["below 1.00x is slower than stock, which ran at its best: " + ", ".join(faster)] if faster else []
 
 
-def _nothing_cold_notes(memory: Sequence[Row]) -> list[str]:
-    paged = [row["stats"] for row in memory if row["stats"]]
-    if not paged or any(stats["n_cold"] for stats in paged):
-        return []
-    return ["nothing was paged: every token fits in the hot window; compare at a greater depth"]
+def _nothing_cold_notes(rows: Sequence[Row]) -> list[str]:
+    notes = []
+    for kind, remedy in (("memory", "compare at a greater depth"), ("quality", "ask for more --text-tokens")):
+        paged = [row["stats"] for row in rows if row["row"] == kind and row.get("stats")]
+        if paged and not any(stats["n_cold"] for stats in paged):
+            notes.append(f"{kind}: nothing was paged, every token fits in the hot window: {remedy}")
+    return notes
 
 
 def _noise_notes(rows: Sequence[Row]) -> list[str]:
@@ -123,23 +138,5 @@ def _noise_notes(rows: Sequence[Row]) -> list[str]:
     return [f"{noisy} of {len(rows)} rows vary by more than {100 * _NOISY:.0f}%: stop other programs, or raise --reps"]
 
 
-def _speed(row: Row) -> float:
-    """One slow repetition on a busy machine says nothing about an arm."""
-    return statistics.median(row["samples_ts"])
-
-
 def _noise(row: Row) -> float:
     return row["stddev_ts"] / row["avg_ts"]
-
-
-def _name(test: Test) -> str:
-    depth, n_prompt, n_gen = test
-    return (f"prompt {n_prompt}" if n_prompt else f"generate {n_gen}") + f" at {depth}"
-
-
-def _test(row: Row) -> Test:
-    return row["n_depth"], row["n_prompt"], row["n_gen"]
-
-
-def _unique(items: Iterable) -> list:
-    return list(dict.fromkeys(items))

@@ -19,7 +19,7 @@ COMMANDS = {
     "info": "versions, pin, ABI, backends and paths",
     "chat": "talk to a model",
     "convert": "turn a Hugging Face checkpoint into a GGUF",
-    "ab": "compare with unmodified upstream: speed and recall",
+    "ab": "compare with unmodified upstream: speed, memory, quality",
     "recall": "write the constructed recall model",
 }
 

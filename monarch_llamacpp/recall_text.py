@@ -92,7 +92,7 @@ def make_haystack(n_tokens: int, n_needles: int = 10, seed: int = 0, omit: Colle
     """
     _check_size(n_tokens, n_needles)
     rng = random.Random(f"haystack {seed}")
-    sentences = _sentences(rng)
+    sentences = make_sentences(rng)
     out, needles = [token_ids()[BOS]], []
     for i, (key, *value) in enumerate(_draw_phrases(rng, n_needles)):
         _fill(out, (2 * i + 1) * n_tokens // (2 * n_needles), sentences)
@@ -124,7 +124,7 @@ def _fill(out: list[int], n_tokens: int, sentences: Iterator[str]) -> None:
         out += tokenize(next(sentences))
 
 
-def _sentences(rng: random.Random) -> Iterator[str]:
+def make_sentences(rng: random.Random) -> Iterator[str]:
     """Without end, in paragraphs of six."""
     yield _sentence(rng)
     while True:

@@ -3,6 +3,7 @@
 #include "monarch-enums.h"
 #include "monarch-attend.h"
 #include "monarch-convert.h"
+#include "monarch-page.h"
 #include "monarch-summary.h"
 
 #include "ggml-cpu-impl.h"
@@ -265,14 +266,14 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
 
     for (int64_t i = params->ith; i < n_outs*n_head_kv; i += params->nth) {
         const int64_t   h     = i%n_head_kv;
-        const int32_t * out   = page_outs + 1 + (i/n_head_kv)*(1 + page_size);
+        const int32_t * out   = page_outs + 1 + (i/n_head_kv)*(2 + page_size);
         const int64_t   page  = out[0];
 
-        monarch_page_out_read(k, h, out + 1, page_size, k_page);
-        monarch_page_out_read(v, h, out + 1, page_size, v_page);
+        monarch_page_out_read(k, h, out + 2, page_size, k_page);
+        monarch_page_out_read(v, h, out + 2, page_size, v_page);
 
-        monarch_codec_encode_page(&op.codec, k_page, v_page, (uint8_t *) pool->data + monarch_pool_offset(&op.codec, n_pages, h, page));
-        monarch_summary_encode(op.scorer, head_dim, page_size, k_page,
+        monarch_page_encode(&op.codec, op.scorer, out[1], k_page, v_page,
+                (uint8_t *) pool   ->data + monarch_pool_offset(&op.codec, n_pages, h, page),
                 (uint8_t *) summary->data + monarch_summary_offset(head_dim, n_pages, h, page), page%MONARCH_SUMMARY_GROUP);
 
         // a recycled page starts without a past

@@ -260,37 +260,88 @@ MONARCH_DEVICE void monarch_half_encode(const monarch_codec & codec, const monar
     __syncthreads();
 }
 
-// stats: [2][head_dim] in shared memory
-MONARCH_DEVICE void monarch_half_summarize(const monarch_op_params & op, const monarch_page_half & half, const int32_t * slots, float * stats, uint8_t * group, int32_t i_page) {
-    const int32_t head_dim = op.codec.head_dim;
-    const int32_t n_tokens = op.codec.page_size;
+// token t of K as the block holds it, rotated back; x, buffer: [head_dim] in shared memory
+MONARCH_DEVICE void monarch_token_decode(const monarch_codec & codec, const monarch_codec_layout & layout, const uint8_t * block, int32_t t, float * x, float * buffer) {
+    const int32_t head_dim  = codec.head_dim;
+    const int32_t n_pairs   = head_dim/2;
+    const int32_t mask_size = codec.page_size/8;
 
-    for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
-        float first  = monarch_f16_clamp(monarch_ring_get(half.type, half.ring + slots[0]*half.nb2, d));
-        float second = first;
-
-        if (op.scorer == MONARCH_SCORER_MINMAX) {
-            for (int32_t t = 1; t < n_tokens; ++t) {
-                const float x = monarch_f16_clamp(monarch_ring_get(half.type, half.ring + slots[t]*half.nb2, d));
-                first  = x < first  ? x : first;
-                second = x > second ? x : second;
-            }
-        } else {
-            first = 0.0f;
-            for (int32_t t = 0; t < n_tokens; ++t) {
-                first += monarch_f16_clamp(monarch_ring_get(half.type, half.ring + slots[t]*half.nb2, d));
-            }
-            first /= (float) n_tokens;
-
-            second = 0.0f;
-            for (int32_t t = 0; t < n_tokens; ++t) {
-                const float diff = monarch_f16_clamp(monarch_ring_get(half.type, half.ring + slots[t]*half.nb2, d)) - first;
-                second += diff*diff;
-            }
-            second = sqrtf(second/(float) n_tokens);
+    if (codec.bits_k == 16) {
+        for (int32_t i = threadIdx.x; i < head_dim; i += blockDim.x) {
+            x[i] = monarch_f16_to_f32(monarch_load_u16(block + layout.k_codes + 2*(t*head_dim + i)));
         }
-        stats[d]            = first;
-        stats[d + head_dim] = second;
+        __syncthreads();
+        return;
+    }
+
+    const float scale = monarch_f16_to_f32(monarch_load_u16(block + layout.k_scales + 2*t));
+    const float step  = codec.residual_k ? monarch_f16_to_f32(monarch_load_u16(block + layout.k_steps + 2*t)) : 0.0f;
+
+    for (int32_t p = threadIdx.x; p < n_pairs; p += blockDim.x) {
+        const int32_t code = monarch_quad_load(codec.bits_k, block + layout.k_codes, monarch_quad_k(codec.page_size, t, p)) >> p%4*8 & 255;
+
+        float px = 0.0f;
+        float py = 0.0f;
+        switch (codec.bits_k) {
+            case 2: monarch_polar_point<2>(code, px, py); break;
+            case 3: monarch_polar_point<3>(code, px, py); break;
+            case 4: monarch_polar_point<4>(code, px, py); break;
+        }
+        x[p]           = scale*px;
+        x[p + n_pairs] = scale*py;
+        if (codec.residual_k) {
+            x[p]           += block[layout.k_residual +  p           *mask_size + t/8] >> t%8 & 1 ? -step : step;
+            x[p + n_pairs] += block[layout.k_residual + (p + n_pairs)*mask_size + t/8] >> t%8 & 1 ? -step : step;
+        }
+    }
+    __syncthreads();
+
+    monarch_team_unrotate(monarch_team_block(), head_dim, x, buffer);
+}
+
+// from what the block decodes to, token by token; mask: those that are there
+// stats: [2][head_dim] in shared memory, x and buffer as above
+MONARCH_DEVICE void monarch_page_summarize(
+        const monarch_op_params & op, const monarch_codec_layout & layout, uint32_t mask, const uint8_t * block, float * stats, float * x, float * buffer,
+        uint8_t * group, int32_t i_page) {
+    const int32_t head_dim  = op.codec.head_dim;
+    const float   n_tokens  = (float) monarch_mask_count(mask);
+    const bool    is_minmax = op.scorer == MONARCH_SCORER_MINMAX;
+
+    // minima and maxima, or sums and then sums of squares
+    for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
+        stats[d]            = is_minmax ?  INFINITY : 0.0f;
+        stats[d + head_dim] = is_minmax ? -INFINITY : 0.0f;
+    }
+    for (int32_t pass = 0; pass < (is_minmax ? 1 : 2); ++pass) {
+        for (int32_t t = 0; t < op.codec.page_size; ++t) {
+            if (!(mask >> t & 1)) {
+                continue;
+            }
+            monarch_token_decode(op.codec, layout, block, t, x, buffer);
+
+            for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
+                const float value = monarch_f16_clamp(x[d]);
+
+                if (is_minmax) {
+                    stats[d]            = value < stats[d]            ? value : stats[d];
+                    stats[d + head_dim] = value > stats[d + head_dim] ? value : stats[d + head_dim];
+                } else if (pass == 0) {
+                    stats[d] += value;
+                } else {
+                    const float diff = value - stats[d];
+                    stats[d + head_dim] += diff*diff;
+                }
+            }
+            __syncthreads();
+        }
+        for (int32_t d = threadIdx.x; !is_minmax && d < head_dim; d += blockDim.x) {
+            if (pass == 0) {
+                stats[d] /= n_tokens;
+            } else {
+                stats[d + head_dim] = sqrtf(stats[d + head_dim]/n_tokens);
+            }
+        }
     }
     __syncthreads();
 
@@ -325,9 +376,9 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
         return;
     }
 
-    const int32_t * out   = a.page_outs + 1 + blockIdx.x*(1 + codec.page_size);
+    const int32_t * out   = a.page_outs + 1 + blockIdx.x*(2 + codec.page_size);
     const int32_t   page  = out[0];
-    const int32_t * slots = out + 1;
+    const int32_t * slots = out + 2;
 
     uint8_t * block = a.pool + monarch_pool_offset(&codec, a.n_pages_max, head_kv, page);
 
@@ -345,8 +396,11 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
         codes, negative, block + layout.v_scales, nullptr,
     };
 
-    monarch_half_summarize(a.op, k, slots, stats, a.summary + monarch_summary_offset(codec.head_dim, a.n_pages_max, head_kv, page), page%MONARCH_SUMMARY_GROUP);
     monarch_half_encode(codec, k, records, slots, block + layout.k_codes, block + layout.k_residual);
+    __syncthreads();
+    monarch_page_summarize(a.op, layout, (uint32_t) out[1], block, stats, records, records + codec.head_dim,
+            a.summary + monarch_summary_offset(codec.head_dim, a.n_pages_max, head_kv, page), page%MONARCH_SUMMARY_GROUP);
+    __syncthreads();
     monarch_half_encode(codec, v, records, slots, block + layout.v_codes, nullptr);
 
     // a recycled page starts without a past

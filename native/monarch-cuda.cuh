@@ -192,7 +192,7 @@ static void monarch_cuda_forward_page_out(ggml_tensor * dst, cudaStream_t stream
     a.page_outs   = (const int32_t *) page_outs->data;
     a.n_head_kv   = (int32_t) k->ne[1];
     a.n_pages_max = (int32_t) dst->src[0]->ne[1];
-    a.n_outs_max  = (int32_t) ((page_outs->ne[0] - 1)/(1 + a.op.codec.page_size));
+    a.n_outs_max  = (int32_t) ((page_outs->ne[0] - 1)/(2 + a.op.codec.page_size));
 
     const dim3 grid(a.n_outs_max, a.n_head_kv);
 

@@ -27,7 +27,7 @@ public:
     }
 
     ggml_tensor * table;     // I32, monarch-op.h
-    ggml_tensor * page_outs; // I32 [1 + n_max*(1 + page_size)]
+    ggml_tensor * page_outs; // I32, likewise
 };
 
 std::unique_ptr<llm_graph_input_attn_kv> monarch_graph_new_input(

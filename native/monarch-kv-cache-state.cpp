@@ -7,7 +7,7 @@
 //   crc         of all of the above
 //   hot         per layer: K rows, V rows
 //   crc         of the hot part
-//   pages       each: blocks of every layer and KV head, then their summaries, then the crc of both
+//   pages       each: blocks of every layer and KV head, then their crc; summaries follow from them
 //   sticky      per layer and KV head: promotions, scored, importance of every page, count of every page
 //   crc         of the sticky part
 //
@@ -21,7 +21,6 @@
 #include "monarch-error.h"
 #include "monarch-io.h"
 #include "monarch-policy.h"
-#include "monarch-summary.h"
 
 #include <algorithm>
 #include <cstring>
@@ -101,7 +100,7 @@ size_t monarch_kv_cache::paged_hot_size(uint32_t n) const {
 }
 
 size_t monarch_kv_cache::paged_page_size() const {
-    return layers.size()*n_head_kv*(cold_layers[0].pool->nb[1] + monarch_summary_size(head_dim));
+    return layers.size()*n_head_kv*cold_layers[0].pool->nb[1];
 }
 
 size_t monarch_kv_cache::paged_sticky_size(uint32_t n) const {
@@ -218,8 +217,6 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, int32_t phys) con
     const monarch_codec codec = get_op_params(0, 0.0f).codec;
     const size_t        size  = monarch_codec_block_size(&codec);
 
-    std::vector<uint8_t> summary(monarch_summary_size(head_dim));
-
     uint32_t crc = 0;
 
     for (const auto & cold : cold_layers) {
@@ -228,15 +225,6 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, int32_t phys) con
 
             io.write_tensor(cold.pool, offset, size);
             crc = monarch_crc(crc, (const char *) cold.pool->data + offset, size);
-        }
-    }
-    for (const auto & cold : cold_layers) {
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_summary_get(head_dim, (const uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys),
-                    phys%MONARCH_SUMMARY_GROUP, summary.data());
-
-            io.write(summary.data(), summary.size());
-            crc = monarch_crc(crc, summary.data(), summary.size());
         }
     }
 
@@ -450,11 +438,15 @@ void monarch_kv_cache::paged_place(monarch_paged_state & state, llama_seq_id seq
 
         for (uint32_t i = 0; i < seq.n_pages; ++i, ++page) {
             if (page->index == state.phys.size()) {
-                state.phys.push_back(pool.take(monarch_mask_count(page->mask)));
+                state.phys.push_back(pool.take(page->mask));
             } else {
                 pool.share(state.phys[page->index]);
             }
-            tables[dst].push(state.phys[page->index], page->first_pos, page->mask);
+
+            const int32_t phys = state.phys[page->index];
+
+            pool.set_mask(phys, pool.get_mask(phys) | page->mask);
+            tables[dst].push(phys, page->first_pos, page->mask);
         }
         for (uint32_t i = 0; i < seq.n_hot; ++i, ++token) {
             if (token->index == state.slots.size()) {
@@ -500,14 +492,10 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_
                 monarch_state_take(&src, (char *) cold.pool->data + monarch_pool_offset(&codec, n_pages_max, h, phys), monarch_codec_block_size(&codec));
             }
         }
-        for (const auto & cold : cold_layers) {
-            for (uint32_t h = 0; h < n_head_kv; ++h) {
-                monarch_summary_set(head_dim, (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys),
-                        phys%MONARCH_SUMMARY_GROUP, src);
-                src += monarch_summary_size(head_dim);
-            }
-        }
     }
+    run_jobs(state.phys.size(), [&](size_t i) {
+        update_page(state.phys[i]);
+    });
 
     src = state.sticky.data();
     for (size_t i = 0; i < cold_layers.size(); ++i) {

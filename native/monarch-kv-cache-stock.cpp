@@ -4,6 +4,7 @@
 
 #include "monarch-convert.h"
 #include "monarch-io.h"
+#include "monarch-page.h"
 #include "monarch-summary.h"
 
 #include "llama-hparams.h"
@@ -11,12 +12,9 @@
 #include "llama-io.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 
 // rows of one layer, in the order of the state's cells
 struct monarch_state_rows {
@@ -151,8 +149,8 @@ void monarch_kv_cache::stock_restore_page(const monarch_stock_state & state, siz
         monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
         monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v);
 
-        monarch_codec_encode_page(&op.codec, k, v, (uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys));
-        monarch_summary_encode(op.scorer, head_dim, knobs.page_size, k,
+        monarch_page_encode(&op.codec, op.scorer, pool.get_mask(phys), k, v,
+                (uint8_t *) cold.pool   ->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
                 (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
 
         monarch_head_state_count     (get_head_state(i_layer, h), n_pages_max)[phys] = 0;
@@ -186,9 +184,11 @@ void monarch_kv_cache::stock_place(monarch_stock_state & state, llama_seq_id seq
 
     monarch_state_check(n_tokens() + n <= n_ctx && pool.n_free() >= n_pages && n_hot() + n - n_cold <= get_size(), "it holds more than there is room for");
 
+    const uint32_t mask = UINT32_MAX >> (32 - knobs.page_size);
+
     for (size_t i = 0; i < n_pages; ++i) {
-        state.phys.push_back(pool.take(knobs.page_size));
-        tables[seq_id].push(state.phys[i], state.pos[state.order[state.first_cold + i*knobs.page_size]], UINT32_MAX >> (32 - knobs.page_size));
+        state.phys.push_back(pool.take(mask));
+        tables[seq_id].push(state.phys[i], state.pos[state.order[state.first_cold + i*knobs.page_size]], mask);
     }
 
     std::vector<bool> is_taken(get_size());
@@ -205,29 +205,9 @@ void monarch_kv_cache::stock_place(monarch_stock_state & state, llama_seq_id seq
 }
 
 void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
-    const size_t n_jobs = layers.size()*state.phys.size();
-
-    std::atomic<size_t> next { 0 };
-
-    const auto worker = [&]() {
-        for (size_t i = next++; i < n_jobs; i = next++) {
-            stock_restore_page(state, i/state.phys.size(), i%state.phys.size());
-        }
-    };
-
-    std::vector<std::thread> threads;
-    try {
-        threads.reserve(n_threads);
-        for (uint32_t i = 1; i < n_threads; ++i) {
-            threads.emplace_back(worker);
-        }
-    } catch (const std::exception &) {
-        LLAMA_LOG_WARN("%s: only %zu threads could be started\n", __func__, threads.size() + 1);
-    }
-    worker();
-    for (auto & thread : threads) {
-        thread.join();
-    }
+    run_jobs(layers.size()*state.phys.size(), [&](size_t i) {
+        stock_restore_page(state, i/state.phys.size(), i%state.phys.size());
+    });
 
     for (size_t i = 0; i < state.hot.size(); ++i) {
         stock_restore_slot(state, i);

@@ -3,6 +3,7 @@
 #include "monarch-crc.h"
 #include "monarch-error.h"
 #include "monarch-knobs.h"
+#include "monarch-page.h"
 #include "monarch-policy.h"
 #include "monarch-summary.h"
 
@@ -12,9 +13,11 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <thread>
 
 // auto mode attends every cold page up to this many cold tokens, then promotes
 static const uint32_t MONARCH_AUTO_EXACT_TOKENS = 8192;
@@ -423,7 +426,7 @@ void monarch_kv_cache::commit_page_outs() {
 
         for (const llama_seq_id seq_id : out.seqs) {
             if (phys < 0) {
-                phys = pool.take(monarch_mask_count(out.mask));
+                phys = pool.take(out.mask);
             } else {
                 pool.share(phys);
             }
@@ -512,6 +515,30 @@ void monarch_kv_cache::apply_logs() {
     }
 }
 
+void monarch_kv_cache::run_jobs(size_t n, const std::function<void(size_t)> & f) const {
+    std::atomic<size_t> next { 0 };
+
+    const auto worker = [&]() {
+        for (size_t i = next++; i < n; i = next++) {
+            f(i);
+        }
+    };
+
+    std::vector<std::thread> threads;
+    try {
+        threads.reserve(n_threads);
+        for (uint32_t i = 1; i < n_threads; ++i) {
+            threads.emplace_back(worker);
+        }
+    } catch (const std::exception &) {
+        LLAMA_LOG_WARN("%s: only %zu threads could be started\n", __func__, threads.size() + 1);
+    }
+    worker();
+    for (auto & thread : threads) {
+        thread.join();
+    }
+}
+
 void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> & place) {
     places saved = { v_cells[0], pool, tables };
 
@@ -527,33 +554,15 @@ void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> 
     }
 }
 
-// the summary of a page that lost tokens, from what is left of it; what others hold too stays as it is
-void monarch_kv_cache::update_summaries(const monarch_page_table::page & page) {
-    if (pool.is_shared(page.phys)) {
-        return;
-    }
-
+// summaries of a page that lost tokens
+void monarch_kv_cache::update_page(int32_t phys) {
     const monarch_op_params op = get_op_params(0, 0.0f);
-
-    std::vector<float> k(knobs.page_size*head_dim);
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_codec_decode_page_k(&op.codec, (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, page.phys), k.data());
-
-            int32_t n = 0;
-            for (int32_t i = 0; i < knobs.page_size; ++i) {
-                if (page.mask >> i & 1) {
-                    std::copy_n(k.data() + i*head_dim, head_dim, k.data() + n++*head_dim);
-                }
-            }
-
-            for (int32_t i = 0; i < n && op.codec.bits_k != 16; ++i) {
-                monarch_codec_unrotate(head_dim, k.data() + i*head_dim);
-            }
-
-            monarch_summary_encode(op.scorer, head_dim, n, k.data(),
-                    (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, page.phys), page.phys%MONARCH_SUMMARY_GROUP);
+            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys),
+                    (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
+                    (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
         }
     }
 }
@@ -584,8 +593,21 @@ void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     llama_kv_cache::seq_rm(seq_id, p0, p1);
 
-    for (const auto & page : tables[seq_id].remove(pool, p0, p1)) {
-        update_summaries(page);
+    const auto changed = tables[seq_id].remove(pool, p0, p1);
+
+    // another sequence may still hold what is gone here
+    std::vector<uint32_t> masks(changed.empty() ? 0 : n_pages_max);
+    for (const auto & table : tables) {
+        for (size_t i = 0; i < table.n_pages() && !masks.empty(); ++i) {
+            masks[table.get_pages()[i].phys] |= table.get_pages()[i].mask;
+        }
+    }
+
+    for (const int32_t phys : changed) {
+        if (!pool.is_free(phys) && masks[phys] != pool.get_mask(phys)) {
+            pool.set_mask(phys, masks[phys]);
+            update_page(phys);
+        }
     }
 }
 
@@ -720,7 +742,7 @@ ggml_tensor * monarch_kv_cache::build_input_table(ggml_context * ctx) const {
 }
 
 ggml_tensor * monarch_kv_cache::build_input_page_outs(ggml_context * ctx) const {
-    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1 + n_page_outs_max()*(1 + knobs.page_size));
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1 + n_page_outs_max()*(2 + knobs.page_size));
 
     ggml_set_input(res);
     ggml_set_name(res, "monarch_page_outs");
@@ -789,6 +811,7 @@ void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
 
     for (size_t i = 0; i < pending.size(); ++i) {
         *data++ = pool.get_free(i);
+        *data++ = (int32_t) pending[i].mask;
         data = std::copy(pending[i].slots.begin(), pending[i].slots.end(), data);
     }
 }

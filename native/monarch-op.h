@@ -8,7 +8,7 @@
 //   summary   I8  [group_size, n_pages/16, n_head_kv] page summaries in groups of 16 pages, monarch-summary.h
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
 //   table     I32 [...]                               input: the step's knobs, its runs, then (physical page, token mask) per cold page
-//   page_outs I32 [1 + n_max*(1 + page_size)]         input: count, then (physical page, ring slots) per page to encode
+//   page_outs I32 [1 + n_max*(2 + page_size)]         input: count, then (physical page, token mask, ring slots) per page to encode
 
 #include "ggml.h"
 

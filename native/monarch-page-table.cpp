@@ -1,5 +1,7 @@
 #include "monarch-page-table.h"
 
+#include "monarch-policy.h"
+
 #include <algorithm>
 #include <random>
 
@@ -9,7 +11,7 @@
 
 void monarch_page_pool::init(uint32_t n_pages, uint32_t seed_new) {
     refs.resize(n_pages);
-    live.resize(n_pages);
+    masks.resize(n_pages);
     seed = seed_new;
 
     clear();
@@ -35,14 +37,14 @@ int32_t monarch_page_pool::get_free(uint32_t i) const {
     return free[free.size() - 1 - i];
 }
 
-int32_t monarch_page_pool::take(int32_t n_tokens) {
+int32_t monarch_page_pool::take(uint32_t mask) {
     const int32_t page = get_free(0);
 
     free.pop_back();
 
-    refs[page] = 1;
-    live[page] = n_tokens;
-    n_cold    += n_tokens;
+    refs [page] = 1;
+    masks[page] = mask;
+    n_cold     += monarch_mask_count(mask);
 
     return page;
 }
@@ -53,16 +55,14 @@ void monarch_page_pool::share(int32_t page) {
 
 void monarch_page_pool::release(int32_t page) {
     if (--refs[page] == 0) {
-        n_cold -= live[page];
+        n_cold -= monarch_mask_count(masks[page]);
         free.push_back(page);
     }
 }
 
-void monarch_page_pool::cut(int32_t page, int32_t n_tokens) {
-    if (!is_shared(page)) {
-        n_cold    -= live[page] - n_tokens;
-        live[page] = n_tokens;
-    }
+void monarch_page_pool::set_mask(int32_t page, uint32_t mask) {
+    n_cold      = n_cold - monarch_mask_count(masks[page]) + monarch_mask_count(mask);
+    masks[page] = mask;
 }
 
 //
@@ -70,11 +70,7 @@ void monarch_page_pool::cut(int32_t page, int32_t n_tokens) {
 //
 
 int32_t monarch_page_table::page::n_tokens() const {
-    int32_t res = 0;
-    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-        ++res;
-    }
-    return res;
+    return monarch_mask_count(mask);
 }
 
 int32_t monarch_page_table::page::begin() const {
@@ -135,8 +131,8 @@ static uint32_t monarch_page_mask(const monarch_page_table::page & page, int32_t
     return res & page.mask;
 }
 
-std::vector<monarch_page_table::page> monarch_page_table::remove(monarch_page_pool & pool, int32_t p0, int32_t p1) {
-    std::vector<page>    cut;
+std::vector<int32_t> monarch_page_table::remove(monarch_page_pool & pool, int32_t p0, int32_t p1) {
+    std::vector<int32_t> changed;
     std::vector<int32_t> gone;
 
     const auto first = std::find_if(pages.begin(), pages.end(), [p0](const page & page) { return page.end() > p0; });
@@ -155,8 +151,7 @@ std::vector<monarch_page_table::page> monarch_page_table::remove(monarch_page_po
         }
         n_cold += it->n_tokens();
         if (mask != 0) {
-            cut.push_back(*it);
-            pool.cut(it->phys, it->n_tokens());
+            changed.push_back(it->phys);
         }
         *out++ = *it;
     }
@@ -167,7 +162,9 @@ std::vector<monarch_page_table::page> monarch_page_table::remove(monarch_page_po
         pool.release(*phys);
     }
 
-    return cut;
+    changed.insert(changed.end(), gone.begin(), gone.end());
+
+    return changed;
 }
 
 void monarch_page_table::share(monarch_page_pool & pool, const monarch_page_table & src, int32_t p0, int32_t p1) {

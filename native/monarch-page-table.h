@@ -19,14 +19,15 @@ public:
     int32_t  get_free(uint32_t i) const;
     uint32_t n_free()   const { return free.size(); }
     uint32_t n_used()   const { return refs.size() - free.size(); }
-    uint32_t n_tokens() const { return n_cold; } // of all pages; a shared one counts once, whole until its last holder cuts it
+    uint32_t n_tokens() const { return n_cold; } // of all pages; what is shared counts once
 
-    int32_t take   (int32_t n_tokens);
+    int32_t take   (uint32_t mask);
     void    share  (int32_t page);
     void    release(int32_t page);
-    void    cut    (int32_t page, int32_t n_tokens); // n_tokens are left of it in one table
 
-    bool is_shared(int32_t page) const { return refs[page] > 1; }
+    bool     is_free (int32_t page) const { return refs[page] == 0; }
+    uint32_t get_mask(int32_t page) const { return masks[page]; } // tokens that any table holds
+    void     set_mask(int32_t page, uint32_t mask);
 
 private:
     uint32_t seed   = 0;
@@ -34,7 +35,7 @@ private:
 
     std::vector<int32_t>  free; // used from the back
     std::vector<uint32_t> refs; // tables that hold a page
-    std::vector<uint8_t>  live; // its tokens
+    std::vector<uint32_t> masks;
 };
 
 class monarch_page_table {
@@ -54,10 +55,10 @@ public:
     // phys: the caller took or shared it
     void push(int32_t phys, int32_t first_pos, uint32_t mask);
 
-    // forget the tokens at [p0, p1); returns the pages that lost some but not all
-    std::vector<page> remove(monarch_page_pool & pool, int32_t p0, int32_t p1);
+    // forget the tokens at [p0, p1); returns the physical pages of which some or all are gone here
+    std::vector<int32_t> remove(monarch_page_pool & pool, int32_t p0, int32_t p1);
 
-    // the pages of src with tokens at [p0, p1), where this table holds nothing
+    // the tokens that src has at [p0, p1), where this table holds nothing
     void share(monarch_page_pool & pool, const monarch_page_table & src, int32_t p0, int32_t p1);
 
     const std::vector<page> & get_pages() const { return pages; }

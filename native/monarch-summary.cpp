@@ -90,30 +90,6 @@ void monarch_summary_encode(
 }
 
 //
-// one page's part
-//
-
-void monarch_summary_get(int32_t head_dim, const uint8_t * group, int32_t i_page, uint8_t * data) {
-    for (int32_t i_half = 0; i_half < 2; ++i_half) {
-        memcpy(data + 4*i_half + 0, group + monarch_summary_offset_at(i_half, i_page), 2);
-        memcpy(data + 4*i_half + 2, group + monarch_summary_step_at  (i_half, i_page), 2);
-    }
-    for (int32_t i = 0; i < 2*head_dim; ++i) {
-        data[8 + i] = group[monarch_summary_value_at(i, i_page)];
-    }
-}
-
-void monarch_summary_set(int32_t head_dim, uint8_t * group, int32_t i_page, const uint8_t * data) {
-    for (int32_t i_half = 0; i_half < 2; ++i_half) {
-        memcpy(group + monarch_summary_offset_at(i_half, i_page), data + 4*i_half + 0, 2);
-        memcpy(group + monarch_summary_step_at  (i_half, i_page), data + 4*i_half + 2, 2);
-    }
-    for (int32_t i = 0; i < 2*head_dim; ++i) {
-        group[monarch_summary_value_at(i, i_page)] = data[8 + i];
-    }
-}
-
-//
 // scores
 //
 

@@ -43,10 +43,6 @@ MONARCH_HD static inline size_t monarch_summary_size(int32_t head_dim) {
 MONARCH_API void monarch_summary_encode(
         int32_t scorer, int32_t head_dim, int32_t n_tokens, const float * k, uint8_t * group, int32_t i_page);
 
-// one page's part of a group, as saved states hold it: offsets and steps, then the values; data: monarch_summary_size() bytes
-MONARCH_API void monarch_summary_get(int32_t head_dim, const uint8_t * group, int32_t i_page, uint8_t * data);
-MONARCH_API void monarch_summary_set(int32_t head_dim, uint8_t * group, int32_t i_page, const uint8_t * data);
-
 // q: [head_dim], unrotated; w: [2*head_dim]
 MONARCH_API void monarch_summary_query(int32_t scorer, int32_t head_dim, const float * q, float * w);
 

@@ -17,6 +17,7 @@ function(monarch_add_ggml_cpu target)
         ${MONARCH_DIR}/monarch-attend-plain.cpp
         ${MONARCH_DIR}/monarch-codec.cpp
         ${MONARCH_DIR}/monarch-cpu.cpp
+        ${MONARCH_DIR}/monarch-page.cpp
         ${MONARCH_DIR}/monarch-policy.cpp
         ${MONARCH_DIR}/monarch-summary.cpp)
     target_include_directories(${target} PRIVATE ${MONARCH_DIR})
@@ -24,6 +25,7 @@ function(monarch_add_ggml_cpu target)
     # records are the same bytes on every machine
     set_source_files_properties(
         ${MONARCH_DIR}/monarch-codec.cpp
+        ${MONARCH_DIR}/monarch-page.cpp
         ${MONARCH_DIR}/monarch-summary.cpp
         PROPERTIES COMPILE_OPTIONS "$<$<CXX_COMPILER_ID:GNU,Clang,AppleClang>:-ffp-contract=off>")
 

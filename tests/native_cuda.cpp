@@ -188,7 +188,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
     test_tensor v    (hot_type, cc.hot_f32 ? 4 : 2, c.head_dim, n_head_kv, c.n_kv);
     test_tensor mask (mask_type, c.mask_f32 ? 4 : 2, c.n_kv, c.n_tokens, 1);
     test_tensor table(GGML_TYPE_I32, 4, monarch_table_head_size(MAX_RUNS) + 2*MAX_RUNS*n_pages_max, 1, 1);
-    test_tensor outs (GGML_TYPE_I32, 4, 1 + n_outs_max*(1 + c.page_size), 1, 1);
+    test_tensor outs (GGML_TYPE_I32, 4, 1 + n_outs_max*(2 + c.page_size), 1, 1);
 
     seed = 1;
 
@@ -232,10 +232,13 @@ static comparison cuda_case_run(const cuda_case & cc) {
         }
 
         // two pages of three that there is room for: a fresh one and one that was used before, from slots in any order
+        const uint32_t all = c.page_size == 32 ? 0xffffffff : (1u << c.page_size) - 1;
+
         int32_t * out = (int32_t *) outs.tensor.data;
         *out++ = 2;
         for (int32_t i = 0; i < n_outs_max; ++i) {
             *out++ = i == 0 ? c.n_pages/2 + step : step - 1;
+            *out++ = (i == 0 ? all : (random_bits() & all) | 1); // some tokens were removed
             for (int32_t t = 0; t < c.page_size; ++t) {
                 *out++ = random_bits()%c.n_kv;
             }

@@ -38,7 +38,7 @@ def upstream_dir() -> Path:
 
 def _sources() -> list[Path]:
     folder = paths.native_dir()
-    names = [f"monarch-{name}.cpp" for name in ("codec", "cpu", "policy", "summary")]
+    names = [f"monarch-{name}.cpp" for name in ("codec", "cpu", "page", "policy", "summary")]
     return [*sorted(folder.glob("monarch-attend*.cpp")), *(folder / name for name in names)]
 
 

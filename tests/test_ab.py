@@ -1,20 +1,31 @@
 """The A/B comparison: its parts without a build, then the whole of it on small models."""
 
 import json
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from html import escape
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from child import TESTS
 from rich.console import Console
 
 import models as random_models
-from monarch_llamacpp import ab, ab_bench
-from monarch_llamacpp.ab_arms import ARMS, Arm
+from monarch_llamacpp import ab, ab_bench, ab_text, recall_text
+from monarch_llamacpp.ab_arms import ARMS, Arm, make_arms
 from monarch_llamacpp.ab_bench import merge_rows
-from monarch_llamacpp.ab_probe import check_activity
-from monarch_llamacpp.ab_report import Speeds, print_report
+from monarch_llamacpp.ab_child import check_activity
+from monarch_llamacpp.ab_quality_child import Comparison, log_softmax
+from monarch_llamacpp.ab_report import print_report
+from monarch_llamacpp.ab_rows import Rows, read_rows
+from monarch_llamacpp.ab_summary import Speeds, verdict
 from monarch_llamacpp.cli import run_command
 from monarch_llamacpp.errors import MonarchError
 from monarch_llamacpp.knobs import Knobs, specs
@@ -27,9 +38,28 @@ def make_arm(name: str, **knobs) -> Arm:
     return Arm(name, Path("/nowhere"), None if name == "stock" else Knobs(**knobs))
 
 
+def memory_row(arm: str, kv_bytes: int = 1 << 31, stats: dict | None = None) -> dict:
+    times = {"first_token_s": 12.34, "token_ms": [1.0, 2.0, 123.45]}
+    timeline = [[0, 0, 0, 0, 0, 0], [65540, 512, 1024, 512, 65028, kv_bytes]]
+    sizes = {"n_tokens": 65540, "kv_bytes": kv_bytes, "peak_rss_bytes": 1 << 33, "stats": stats, "timeline": timeline}
+    return {"row": "memory", "arm": arm, "knobs": None, **sizes, **times}
+
+
+def quality_rows(arm: str, kl: float = 0.0123, control: bool = False) -> list[dict]:
+    head = {"row": "quality", "arm": arm, "flash_attn": int(arm == "stock" and not control), "control": control}
+    head |= {"knobs": None if arm.startswith("stock") else dict(Knobs(mode="paged"))}
+    metrics = {"perplexity": 12.345, "kl_mean": kl, "kl_median": kl, "kl_p99": kl, "kl_max": kl, "same_top": 0.987}
+    rows = [{"metric": metric, "value": value, "way": way, "attended": 0.126, "bytes_per_token": 12345.6,
+             "bytes_per_further_token": 3456.7}
+            for metric, value in metrics.items() for way in ("prefill", "decode")]  # fmt: skip
+    rows += [{"metric": "needle_recall", "length": 1024, "depth": 0.5, "value": 0.9, "n_found": 9, "n_needles": 10}]
+    rows += [{"metric": "bleu", "value": 66.6}, {"metric": "exact_match", "value": 0.5}]
+    return [head | row for row in rows]
+
+
 def speed_row(arm: str, samples: list[float], flash_attn: int = 0, depth: int = 0) -> dict:
     n_gen = 100
-    row = {"arm": arm, "flash_attn": flash_attn, "n_depth": depth, "n_prompt": 0, "n_gen": n_gen}
+    row = {"row": "speed", "arm": arm, "flash_attn": flash_attn, "n_depth": depth, "n_prompt": 0, "n_gen": n_gen}
     return merge_rows([row | {"samples_ts": [ts], "samples_ns": [n_gen * 1e9 / ts]} for ts in samples])
 
 
@@ -61,8 +91,7 @@ def test_stock_is_judged_by_its_better_setting():
 def test_one_slow_repetition_does_not_count_and_is_reported(capsys):
     rows = [speed_row("stock", [100.0, 100.0, 100.0]), speed_row("paged", [120.0, 10.0, 120.0])]
     assert Speeds(rows).ratio("paged", (0, 0, 100)) == 1.2
-    memory = [{"arm": "stock", "kv_bytes": 1, "n_tokens": 1, "stats": None}]
-    print_report(Console(width=80), rows, [], memory)
+    print_report(Console(width=80), rows)
     assert "1 of 2 rows vary by more than 20%" in capsys.readouterr().out
 
 
@@ -105,14 +134,107 @@ def test_a_row_of_another_build_is_refused():
 
 def test_report_fits_a_terminal(capsys):
     depths = [0, 65536]
-    speed = [speed_row(arm, [12345.6, 12000.0], depth=depth) for depth in depths for arm in ARMS]
-    quality = [{"arm": arm, "n_found": 10, "n_needles": 10} for arm in ARMS]
     stats = dict.fromkeys(("n_hot", "n_cold", "n_promotions"), 65536)
-    memory = [{"arm": arm, "kv_bytes": 1 << 31, "n_tokens": 65540, "stats": stats} for arm in ARMS]
-    print_report(Console(width=80, highlight=False), speed, quality, memory)
+    rows = [speed_row(arm, [12345.6, 12000.0], depth=depth) for depth in depths for arm in ARMS]
+    rows += [memory_row(arm, stats=stats) for arm in ARMS]
+    rows += [row for arm in ARMS for row in quality_rows(arm)] + quality_rows("stock", control=True)
+    print_report(Console(width=80, highlight=False), rows)
     lines = capsys.readouterr().out.splitlines()
-    assert [arm for arm in ARMS for line in lines if line.split()[:1] == [arm] and "10 of 10" in line] == list(ARMS)
+    assert not any("…" in line for line in lines)
+    assert [arm for arm in ARMS for line in lines if line.split()[:1] == [arm] and "9/10" in line] == list(ARMS)
     assert sum("12172.8 ±2%" in line and "1.00x" in line for line in lines) == len(depths) * len(ARMS)
+
+
+def test_the_verdict_names_the_losses():
+    rows = [speed_row("stock", [100.0]), speed_row("paged", [50.0]), memory_row("stock", 100)]
+    rows += [memory_row("paged", 30, {"n_cold": 9}), *quality_rows("stock", control=True), *quality_rows("paged")]
+    rows += quality_rows("stock-q4_0", kl=0.001)
+    gains, losses = verdict(rows).split("; it loses: ")
+    assert "30% of stock's KV bytes" in gains and "perplexity +0.00%" in gains
+    assert "generate 100 at 0 0.50x" in losses and "stock-q4_0 0.001 in 1.00x the bytes" in losses
+
+
+def test_knobs_given_for_one_arm(monkeypatch):
+    monkeypatch.setattr("monarch_llamacpp.library.stock_dir", lambda: Path("/stock"))
+    monkeypatch.setattr("monarch_llamacpp.library.patched_dir", lambda: Path("/patched"))
+    given = ["wide:promote-tokens=2048,sink_tokens=4", "fine:mode=exact"]
+    stock, wide, fine = make_arms("stock-q4_0", given, Knobs(hot_window=256))
+    assert (stock.type_kv, stock.bin_dir, stock.knobs, stock.flash_attn) == ("q4_0", Path("/stock"), None, (1,))
+    assert wide.knobs == Knobs(mode="paged", hot_window=256, promote_tokens=2048, sink_tokens=4)
+    assert (fine.knobs.mode, fine.bin_dir) == ("exact", Path("/patched"))
+
+
+def test_divergence_of_a_known_pair(tmp_path):
+    base, ours = np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]])
+    Comparison(tmp_path / "base.npy", [0, 1], 2, True).add(base)
+    comparison = Comparison(tmp_path / "base.npy", [0, 1], 2, False)
+    comparison.add(ours[:1])
+    comparison.add(ours[1:])
+    metrics = comparison.metrics()
+    assert metrics["kl_max"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
+    assert metrics["kl_mean"] == pytest.approx(metrics["kl_max"] / 2)
+    assert metrics["perplexity"] == pytest.approx((0.25 * 0.1) ** -0.5)
+    assert metrics["same_top"] == 0.5
+    with pytest.raises(MonarchError, match="not a number"):
+        comparison.add(np.full((1, 2), np.nan))
+    assert np.exp(log_softmax(np.array([[1e4, 1e4]]))) == pytest.approx(0.5)
+
+
+def words(text: str) -> list[int]:
+    return [len(word) for word in text.split()]
+
+
+def test_a_made_text_says_again_what_it_said_long_before():
+    text: list[str] = []
+    ab_text.make_text(lambda sentence: text.append(sentence) or words(sentence), 1, "any", 1500, None)
+    facts = [sentence for sentence in text if any(char.isdigit() for char in sentence)]
+    first = {sentence: text.index(sentence) for sentence in facts}
+    late = [sentence for sentence in text[len(text) // 2 :] if sentence in first]
+    assert len(late) > 5 and all(first[sentence] < len(text) // 2 for sentence in late)
+
+
+@pytest.mark.parametrize("name", ["any", ab_text.SMALL_MODEL_NAME])
+def test_needles_lie_where_they_are_said_to(name):
+    ids: dict[str, int] = {}
+
+    def tokenize(text: str) -> list[int]:
+        return [ids.setdefault(word, len(ids)) for word in text.split()]
+
+    for haystack in ab_text.make_haystacks(tokenize, 0, name, [512], 2, None):
+        assert 512 - ab_text.ROOM - 4 <= len(haystack.tokens) <= 512 - ab_text.ROOM
+        for question in haystack.questions:
+            (value,) = [ids[word] for word in ids if word.rstrip(".") == question.expected]
+            assert haystack.tokens.count(value) == 1
+            assert haystack.tokens.index(value) / len(haystack.tokens) == pytest.approx(question.depth, abs=0.08)
+            assert value not in question.tokens
+
+
+def test_an_answer_counts_when_it_is_whole():
+    assert ab_text.is_found("It is 12345.", " 12345")
+    assert not ab_text.is_found("It is 123456.", "12345")
+
+
+def test_a_text_too_short_is_refused():
+    with pytest.raises(MonarchError, match="the text has 4 tokens, not 64: give a longer one"):
+        ab_text.make_text(words, 1, "any", 64, "a b c")
+
+
+def test_resumed_rows_are_those_of_the_same_receipt(tmp_path):
+    earlier = [{"row": "speed", "arm": "stock", "receipt": receipt, "n_gen": i} for i, receipt in enumerate("aab")]
+    rows = Rows(tmp_path / "rows.json", earlier)
+    assert rows.take("speed", "stock", "a", lambda row: row["n_gen"] < 1) == earlier[:1]
+    assert rows.take("speed", "paged", "a", lambda row: True) == []
+    assert read_rows(tmp_path / "rows.json") == earlier  # until the end: somebody may stop it before
+    assert rows.all() == earlier[:1]
+    rows.finish()
+    assert read_rows(tmp_path / "rows.json") == earlier[:1]
+
+
+@pytest.mark.parametrize("content", ["not JSON", '{"no": "row"}', "[1]"])
+def test_a_file_that_cannot_be_resumed_says_so(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(MonarchError, match="rows.json"):
+        read_rows(tmp_path / "rows.json")
 
 
 @pytest.mark.parametrize(
@@ -129,10 +251,20 @@ def test_report_fits_a_terminal(capsys):
         (["{model}", "--threads", "0"], 2, "--threads 0"),
         (["{model}", "--page-size", "17"], 2, "page_size = 17"),
         (["{model}", "--json", "/nowhere/rows.json"], 2, "--json /nowhere/rows.json"),
+        (["{model}", "--html", "/nowhere/page.html"], 2, "--html /nowhere/page.html"),
+        (["{model}", "--arm", "wide", "--arm", "wide"], 2, "there is an arm wide already"),
+        (["{model}", "--arm", "paged:sink_tokens=4"], 2, "--arm paged:sink_tokens=4: give NAME:knob=value"),
+        (["{model}", "--arm", "wide:promote=4"], 2, "no knob is named promote"),
+        (["{model}", "--arm", "wide:sink_tokens=-4"], 2, "--arm wide:sink_tokens=-4: sink_tokens = -4: allowed is"),
+        (["{model}", "--parts", "speed,luck"], 2, "--parts speed,luck: allowed is"),
+        (["{model}", "--lengths", "10"], 2, "--lengths 10: allowed is 256 and more"),
+        (["{model}", "--decode-tokens", "4096"], 2, "--decode-tokens 4096: allowed is half"),
+        (["{model}", "--text", "no.txt"], 1, "no text at no.txt"),
+        (["{model}", "--resume"], 2, "--resume: name the file"),
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
-    monkeypatch.setattr(ab, "_probe", None)  # nothing may start
+    monkeypatch.setattr(ab, "_RUN", {})  # nothing may start
     model = tmp_path / "model.gguf"
     model.touch()
     assert run_command("ab", [argument.format(model=model) for argument in arguments]) == status
@@ -155,67 +287,227 @@ def recall_model(tmp_path_factory) -> Path:
     return path
 
 
-SMALL = ["--reps", 1, "-n", 2, "--hot-window", 64, "--promote-tokens", 256, "--dense-layers", 0]
+SHIPPED = TESTS.parent / "models" / "monarch-small.gguf"
+
+SMALL = ["--threads", 1, "--reps", 1, "-n", 2, "-p", 64, "--hot-window", 64, "--promote-tokens", 256]
+SMALL += ["--dense-layers", 0, "--text-tokens", 640, "--decode-tokens", 48, "--lengths", 1024]
 
 
-def test_every_arm_is_measured_and_does_what_it_says(stock_bin, patched_bin, recall_model, tmp_path):
-    file = tmp_path / "rows.json"
-    result = run_ab(recall_model, "--depths", "0,1024", "-p", 64, "--json", file, *SMALL)
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compared(stock_bin, patched_bin, recall_model, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """The whole comparison, once: what it printed, and the folder of its rows.json and page.html."""
+    folder = tmp_path_factory.mktemp("compared")
+    files = ["--json", folder / "rows.json", "--html", folder / "page.html", "--arm", "narrow:promote_tokens=64"]
+    return run_ab(recall_model, "--depths", "0,1024", *files, *SMALL), folder
+
+
+ALL = (*ARMS, "narrow")
+PAGED = ("window", "paged", "exact", "narrow")
+
+
+def test_every_arm_is_measured_and_does_what_it_says(compared):
+    result, folder = compared
     assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["row"] for row in rows if row["row"] != "speed"] == ["environment", *["quality"] * 5, *["memory"] * 5]
+    rows = read(folder / "rows.json")
+    assert {row["row"] for row in rows} == {"environment", "memory", "quality", "speed"}
     check_speed([row for row in rows if row["row"] == "speed"])
-    check_quality({row["arm"]: row for row in rows if row["row"] == "quality"})
     check_memory({row["arm"]: row for row in rows if row["row"] == "memory"})
-    assert all(f" {arm} " in result.stdout for arm in ARMS)
+    check_environment(rows[0])
+    assert all(f" {arm} " in result.stdout for arm in ALL)
+    assert all(len(row["receipt"]) == 64 for row in rows[1:])
 
 
 def check_speed(rows: list[dict]) -> None:
     tests = [(depth, n_prompt, n_gen) for depth in (0, 1024) for n_prompt, n_gen in ((64, 0), (0, 2))]
-    settings = [(arm, fa) for arm in ARMS for fa in ((0, 1) if arm in ("stock", "patched-off") else (0,))]
+    both, on = ("stock", "patched-off"), ("stock-q8_0", "stock-q4_0", "stock-iq4_nl")
+    settings = [(arm, fa) for arm in ALL for fa in ((0, 1) if arm in both else (1,) if arm in on else (0,))]
     measured = [(row["arm"], row["flash_attn"], (row["n_depth"], row["n_prompt"], row["n_gen"])) for row in rows]
     assert sorted(measured) == sorted((arm, fa, test) for arm, fa in settings for test in tests)
     assert all(len(row["samples_ts"]) == 1 and row["avg_ts"] > 0 for row in rows)
-    assert all(row["build_commit"].endswith("-monarch") == (row["arm"] != "stock") for row in rows)
-    assert {row["arm"]: row["knobs"] and row["knobs"]["mode"] for row in rows} == {
-        "stock": None, "patched-off": "off", "window": "window", "paged": "paged", "exact": "exact",
+    assert all(row["build_commit"].endswith("-monarch") != row["arm"].startswith("stock") for row in rows)
+    assert {row["arm"]: row["type_k"] for row in rows if row["flash_attn"]} == {
+        "stock": "f16", "stock-q8_0": "q8_0", "stock-q4_0": "q4_0", "stock-iq4_nl": "iq4_nl", "patched-off": "f16",
     }  # fmt: skip
-
-
-def check_quality(rows: dict[str, dict]) -> None:
-    assert list(rows) == list(ARMS)
-    assert {arm: rows[arm]["n_found"] for arm in ARMS if arm != "window"} == dict.fromkeys(set(ARMS) - {"window"}, 10)
-    assert rows["window"]["n_found"] <= 1  # the last one may still be hot
+    assert {row["arm"]: row["knobs"]["mode"] for row in rows if row["knobs"]} == {
+        "patched-off": "off", "window": "window", "paged": "paged", "exact": "exact", "narrow": "paged",
+    }  # fmt: skip
 
 
 def check_memory(rows: dict[str, dict]) -> None:
     assert rows["stock"]["stats"] is None and rows["patched-off"]["stats"] is None
-    for arm in ("window", "paged", "exact"):
+    assert rows["stock-q4_0"]["kv_bytes"] < rows["stock-q8_0"]["kv_bytes"] < rows["stock"]["kv_bytes"]
+    for arm in PAGED:
         assert rows[arm]["stats"]["n_cold"] > 900
         assert rows[arm]["kv_bytes"] == rows[arm]["stats"]["kv_bytes"] < rows["stock"]["kv_bytes"]
     assert rows["paged"]["stats"]["n_promotions"] > 0 == rows["window"]["stats"]["n_promotions"]
+    assert all(len(row["token_ms"]) == 2 and row["timeline"][-1][0] == row["n_tokens"] for row in rows.values())
 
 
-def test_an_arm_that_cannot_promote_stops_the_comparison(stock_bin, patched_bin, recall_model, tmp_path):
+def check_environment(row: dict) -> None:
+    digests = [row["model"]["sha256"], *row["arms"]["paged"]["libraries"].values()]
+    assert len(digests) > 3 and {len(digest) for digest in digests} == {64}
+    assert row["arms"]["narrow"]["knobs"]["promote_tokens"] == 64
+    assert row["arms"]["stock"]["libraries"] != row["arms"]["paged"]["libraries"]
+
+
+def test_quality_with_pages_cold(compared):
+    _, folder = compared
+    rows = [row for row in read(folder / "rows.json") if row["row"] == "quality"]
+    value = {(row["arm"], row["metric"], row.get("way")): row["value"] for row in rows if not row["control"]}
+    for way in ("prefill", "decode"):
+        control = {row["metric"]: row["value"] for row in rows if row["control"] and row.get("way") == way}
+        assert control["kl_mean"] < 1e-6 and control["same_top"] == 1
+        assert value["patched-off", "kl_mean", way] < 1e-6
+        assert value["exact", "kl_mean", way] < 0.05 < 1 < value["window", "kl_mean", way]
+        assert value["paged", "kl_mean", way] < 0.05
+    stats = [row["stats"] for row in rows if row["arm"] in PAGED and row.get("way")]
+    assert stats and all(each["n_cold"] > 400 for each in stats)
+    assert all(row["attended"] < 0.3 for row in rows if row["arm"] == "window" and row.get("way"))
+    needles = [row for row in rows if row["metric"] == "needle_recall" and not row["control"]]
+    found = {arm: [row["value"] for row in needles if row["arm"] == arm] for arm in ALL}
+    assert all(found[arm] and min(found[arm]) == 1 for arm in ("stock", "stock-q8_0", "patched-off", "paged", "exact"))
+    assert sum(found["window"]) <= 1  # the last one may still be hot
+    assert value["patched-off", "bleu", None] > 99 and value["patched-off", "exact_match", None] == 1
+
+
+def test_the_rest_is_not_measured_again(compared, recall_model, tmp_path):
+    _, folder = compared
     file = tmp_path / "rows.json"
-    knobs = [*SMALL, "--promote-tokens", 0]
-    result = run_ab(recall_model, "--depths", 256, "--arms", "stock,paged", "--json", file, *knobs)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: arm paged does not do what its name says")
-    assert not file.exists()
-
-
-def test_recall_of_another_model_is_left_out_and_said_so(stock_bin, patched_bin, tmp_path):
-    model = random_models.write_random_model(tmp_path / "random.gguf")
-    result = run_ab(model, "--depths", 1024, "--arms", "stock,window", "-p", 0, *SMALL)
+    kept = [row for row in read(folder / "rows.json") if row.get("arm") != "exact"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    arms = ["--arms", "stock,paged,exact", "--json", file, "--resume"]
+    result = run_ab(recall_model, "--depths", "0,1024", *arms, *SMALL)
     assert result.returncode == 0, result.stderr
-    assert "recall: needs the constructed recall model" in result.stderr
-    assert " of 10" not in result.stdout
+    steps = [line for line in result.stderr.splitlines() if " of " in line]
+    assert len(steps) == 5  # memory; reference, exact; warm-up and a repetition
+    assert all("exact" in step or "reference" in step for step in steps)
+    assert [row for row in read(file) if row.get("arm") == "exact"]
+    now, before = ([json.dumps(row) for row in rows if row.get("arm") == "paged"] for rows in (read(file), kept))
+    assert now == before
+
+
+def test_what_is_done_is_kept_when_it_is_stopped(stock_bin, patched_bin, recall_model, tmp_path):
+    file = tmp_path / "rows.json"
+    args = [recall_model, "--depths", 1024, "--arms", "stock,paged", "--json", file, *SMALL, "--reps", 1000]
+    command = [sys.executable, "-m", "monarch_llamacpp", "ab", *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=TESTS.parent, text=True, **pipes)
+    while process.poll() is None and not (file.is_file() and '"row": "speed"' in file.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130
+    assert "Speed, tokens per second" in output
+    assert {"memory", "quality", "speed"} < {row["row"] for row in read(file)}
+
+
+@pytest.fixture(scope="module")
+def shipped(stock_bin, patched_bin, tmp_path_factory) -> Path:
+    """Quality of the model that ships: a folder with text.txt, rows.json and page.html."""
+    folder = tmp_path_factory.mktemp("shipped")
+    (folder / "text.txt").write_text("".join(islice(recall_text.make_sentences(random.Random(1)), 200)))
+    args = ["--text", folder / "text.txt", "--json", folder / "rows.json", "--html", folder / "page.html"]
+    args += ["--arms", "stock,paged", "--parts", "quality", *SMALL, "--text-tokens", 512, "--lengths", 256]
+    result = run_ab(SHIPPED, *args)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_perplexity_of_stock_is_that_of_upstream_s_tool(shipped, stock_bin):
+    """llama-perplexity's first chunk, by hand."""
+    (ours,) = (row["value"] for row in read(shipped / "rows.json")
+               if row.get("control") and (row["metric"], row.get("way")) == ("perplexity", "prefill"))  # fmt: skip
+    command = [stock_bin / "llama-perplexity", "-m", SHIPPED, "-f", shipped / "text.txt", "-c", "512", "--chunks", "1"]
+    result = subprocess.run([*command, "-fa", "off", "-t", "1"], capture_output=True, text=True, check=True)
+    (theirs,) = re.findall(r"\[1\](\d+\.\d+)", result.stdout + result.stderr)
+    assert ours == pytest.approx(float(theirs), abs=6e-5)  # four digits are printed
+
+
+def test_attention_to_cold_pages_is_traced(shipped):
+    (row,) = (row for row in read(shipped / "rows.json") if row.get("metric") == "cold_attention")
+    assert row["arm"] == "paged" and len(row["promoted_sticky"]) == row["n_tokens"]
+    assert all(0 < sum(each) < 1 for each in row["promoted_sticky"])
+    assert any(sticky > 0 for _, sticky in row["promoted_sticky"])
+    assert '<figure id="mass-paged">' in (shipped / "page.html").read_text()
+
+
+def test_the_page_has_its_pictures(compared):
+    _, folder = compared
+    page = (folder / "page.html").read_text()
+    wanted = ["speed-prompt", "speed-generate", "memory", "frontier", "recall", "latency", "paging-paged"]
+    assert all(f'<figure id="{name}"><figcaption>' in page for name in wanted)
+    assert page.count("<svg") == page.count("<figure") >= len(wanted)
+    assert not any(outside in page for outside in ("<script", "<img", "stylesheet", "src=", "@import", "url("))
+    assert escape(verdict(read(folder / "rows.json"))) in page
+
+
+# measures a page from the outside: a frame as wide as a phone, and what goes wrong in it
+HARNESS = """<!DOCTYPE html><iframe id="phone" style="width:360px;height:800px" srcdoc="{page}"></iframe><script>
+onload = () => {{
+  const inside = document.getElementById("phone").contentDocument;
+  const size = picture => picture.getBoundingClientRect();
+  const seen = [...inside.querySelectorAll("svg")].filter(p => size(p).width > 200 && size(p).height > 50);
+  document.body.dataset.seen = seen.length;
+  document.body.dataset.width = inside.scrollingElement.scrollWidth;
+}};
+</script>"""
+
+
+def test_a_browser_shows_the_page(compared, tmp_path):
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("needs chromium, which is not installed")
+    _, folder = compared
+    page = (folder / "page.html").read_text()
+    harness = tmp_path / "harness.html"
+    harness.write_text(HARNESS.format(page=escape(page)))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command.append("--enable-logging=stderr")
+    shown = subprocess.run([*command, "--dump-dom", harness], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in shown.stderr
+    assert f'data-seen="{page.count("<svg")}"' in shown.stdout
+    assert 'data-width="360"' in shown.stdout or 'data-width="345"' in shown.stdout  # with a scroll bar
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", "--window-size=800,2000", folder / "page.html"], timeout=120)
+    assert picture.stat().st_size > 20_000
+
+
+def test_an_arm_that_cannot_promote_fails_and_the_others_finish(stock_bin, patched_bin, recall_model, tmp_path):
+    file = tmp_path / "rows.json"
+    args = ["--arms", "stock", "--arm", "blind:promote_tokens=0", "--parts", "memory,speed", "--json", file]
+    result = run_ab(recall_model, "--depths", 256, *args, *SMALL)
+    assert result.returncode == 1
+    assert "failed: arm blind does not do what its name says" in " ".join(result.stdout.split())
+    rows = read(file)
+    assert [row["arm"] for row in rows if row["row"] == "failure"] == ["blind"]
+    assert {row["arm"] for row in rows if row["row"] == "speed"} == {"stock"}
+
+
+def test_a_crash_is_reported_and_the_rest_is_measured(stock_bin, patched_bin, tmp_path):
+    """llama.cpp throws where a vocabulary lacks a byte."""
+    model = random_models.write_random_model(tmp_path / "random.gguf")
+    result = run_ab(model, "--depths", 64, "--arms", "stock,window", "--parts", "quality,memory", *SMALL)
+    assert result.returncode == 1
+    assert "failed: quality needs stock as the reference: arm stock: " in " ".join(result.stdout.split())
+    assert "Cache and latency after 67 tokens" in result.stdout
+
+
+def test_a_text_shorter_than_asked_for_fails_and_speed_is_measured(stock_bin, patched_bin, recall_model, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("The king found the ring.")
+    result = run_ab(recall_model, "--depths", 64, "--arms", "stock", "--text", text, *SMALL)
+    assert result.returncode == 1
+    assert "failed: quality needs stock as the reference: arm stock: the text has" in " ".join(result.stdout.split())
+    assert "Speed, tokens per second" in result.stdout
 
 
 def test_a_model_that_cannot_be_paged_says_why(stock_bin, patched_bin, tmp_path):
     model = random_models.write_random_model(tmp_path / "head.gguf", head_dim=72)
-    result = run_ab(model, "--depths", 64, "--arms", "paged", *SMALL)
+    result = run_ab(model, "--depths", 64, "--arms", "stock,paged", "--parts", "memory", *SMALL)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: arm paged: ")
-    assert "head size 72 is not supported" in result.stderr
+    assert "failed: arm paged: " in result.stdout and "head size 72 is not supported" in " ".join(result.stdout.split())
+    assert " stock " in result.stdout

@@ -162,9 +162,9 @@ def test_uncompressed_pages(emulation: Path) -> None:
 
 def test_sticky_pages_and_a_failed_step(emulation: Path) -> None:
     """The native test lets the third step's predecessor fail: its log must not be applied."""
-    sticky = Case(64, mode=PAGED, n_pages=9, n_promote=5, n_steps=8, sticky_threshold=2)
-    sooner, never = sticky._replace(sticky_threshold=1, scorer=1), sticky._replace(sticky_threshold=0)
-    results = check(emulation, [sticky, sooner, never])
+    sticky = Case(64, mode=PAGED, n_pages=9, n_promote=3, n_steps=14, sticky_threshold=1)
+    other, never = sticky._replace(n_promote=5, scorer=1), sticky._replace(sticky_threshold=0)
+    results = check(emulation, [sticky, other, never])
     assert results[0].n_dropped > 0 and results[1].n_dropped > 0
     assert results[2].n_dropped == 0
 

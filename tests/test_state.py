@@ -65,7 +65,7 @@ PAGED = {
     "MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "64", "MONARCH_DENSE_LAYERS": "0",
 }  # fmt: skip
 UPSTREAM_HEADER, HEADER = 8, 80
-RECORDS = 16 * 2 * 2 * 34 * 2 + 2 * 2 * 136  # a page of 2 layers and 2 KV heads of 64 values, and its summaries
+RECORDS = 16 * 2 * 2 * 34 * 2  # a page of 2 layers and 2 KV heads of 64 values
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_state_is_as_small_as_its_pages(patched_bin: Path, stock_bin: Path, tm
         file = tmp_path / str(len(sizes))
         run_cases(lib_dir, tmp_path, [case | {"env": env, "steps": [steps[0], ["save", str(file)]]}])
         sizes.append(file.stat().st_size)
-    assert sizes[1] <= 0.32 * sizes[0]  # 62 of 4000 tokens are hot
+    assert sizes[1] <= 0.30 * sizes[0]  # 62 of 4000 tokens are hot
 
 
 def test_a_damaged_state_is_refused_and_changes_nothing(
