@@ -15,7 +15,7 @@ BINDINGS := llama-cpp-python==$(shell sed -n 's/^llama_cpp_python = //p' LLAMA_C
 # what runs llama.cpp in child processes, or compiles its own programs
 SANITIZED := test_state.py test_state_crafted.py test_paging.py test_native_kernels.py test_threads.py test_fuzz.py
 
-.PHONY: demo test test-long test-convert sanitize fuzz build lint clean
+.PHONY: demo test test-long test-convert sanitize fuzz cuda-check build lint clean
 
 demo: build
 	$(PYTHON) scripts/demo.py
@@ -41,6 +41,10 @@ fuzz: build
 test-convert: build
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,test-convert]'
 	$(PYTHON) -m pytest -q tests/test_convert_oracle.py
+
+# the CUDA kernels: emulated on the CPU, and compiled where nvcc is found
+cuda-check: build
+	$(PYTHON) -m pytest -q -rs -m "long or not long" tests/test_native_cuda.py
 
 build: $(READY)
 	$(PYTHON) -m monarch_llamacpp build --tools

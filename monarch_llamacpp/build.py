@@ -12,13 +12,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import builder_cmake, builder_recipe, builder_shim, builder_source, paths, pin
+from . import builder_cmake, builder_cuda, builder_recipe, builder_shim, builder_source, paths, pin
 from .builder_progress import Progress
 from .builder_stamp import Built, read_stamp, write_stamp
 from .errors import MonarchError, UsageError
 
 # the unpacked source 180 MB, one arm 120 MB
 SPACE_NEEDED = 300 << 20
+CUDA_SPACE_NEEDED = 2 << 30
 
 
 @contextlib.contextmanager
@@ -44,9 +45,9 @@ class Builder:
     lock_fd: int
 
     def build(self, arm: str, targets: list[str]) -> Built:
-        key = builder_recipe.tree_key(arm, self.pin, self.tools.identity)
+        key = builder_recipe.tree_key(arm, self.pin, self.tools.identity, self.tools.cuda)
         built = read_stamp(self.cache / f"{arm}-{key}")
-        if built.digest == builder_recipe.build_digest(arm, self.pin) and set(targets) <= set(built.targets):
+        if built.digest == self._digest(arm) and set(targets) <= set(built.targets):
             write_stamp(built)  # the newest stamp is the one that is used
             self.progress.step(f"{arm}: up to date in {built.bin_dir}")
         else:
@@ -56,10 +57,13 @@ class Builder:
             builder_shim.ensure_shim(built.arm_dir, self.progress)
         return built
 
+    def _digest(self, arm: str) -> str:
+        return builder_recipe.build_digest(arm, self.pin, self.tools.cuda.architectures)
+
     def _bring_up_to_date(self, arm: str, arm_dir: Path, targets: list[str]) -> Built:
         if not arm_dir.exists():
-            check_space(self.cache)
-        built = Built(arm_dir, builder_recipe.build_digest(arm, self.pin), targets)
+            check_space(self.cache, CUDA_SPACE_NEEDED if self.tools.cuda.architectures else SPACE_NEEDED)
+        built = Built(arm_dir, self._digest(arm), targets, self.tools.cuda.architectures)
         self._write_source(arm, arm_dir / "src")
         self._compile(arm, arm_dir, targets)
         write_stamp(dataclasses.replace(built, digest=""))
@@ -87,9 +91,13 @@ class Builder:
         log = arm_dir / "build.log"
         log.unlink(missing_ok=True)
         runner = builder_cmake.Runner(log, self.progress, self.lock_fd)
-        self.progress.step(f"{arm}: compiling; about 4 minutes on 2 cores the first time, log in {log}")
-        builder_cmake.configure(runner, self.tools, arm_dir, builder_recipe.cmake_options(arm, self.pin))
+        self.progress.step(f"{arm}: compiling; {self._duration()} the first time, log in {log}")
+        options = builder_recipe.cmake_options(arm, self.pin, self.tools.cuda)
+        builder_cmake.configure(runner, self.tools, arm_dir, options)
         builder_cmake.compile_targets(runner, self.tools, arm_dir, targets, self.jobs)
+
+    def _duration(self) -> str:
+        return "with CUDA much longer than without" if self.tools.cuda.architectures else "about 4 minutes on 2 cores"
 
 
 def check_python_headers() -> None:
@@ -99,15 +107,16 @@ def check_python_headers() -> None:
                            "(Debian and Ubuntu: apt install python3-dev)")
 
 
-def check_space(cache: Path) -> None:
+def check_space(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(cache).free
-    if free < SPACE_NEEDED:
-        raise MonarchError(f"{cache}: {free >> 20} MB free, a build needs {SPACE_NEEDED >> 20} MB: "
+    if free < needed:
+        raise MonarchError(f"{cache}: {free >> 20} MB free, a build needs {needed >> 20} MB: "
                            "free some, or point MONARCH_CACHE to another disk")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cuda", action="store_true", help="with the CUDA backend")
+    parser.add_argument("--cuda", action="store_true", help="with the CUDA backend, for the cards in this machine")
+    parser.add_argument("--cuda-arch", metavar="LIST", help="with the CUDA backend, for these architectures: 75,86,90")
     parser.add_argument("--tools", action="store_true", help=f"also {', '.join(builder_recipe.TOOLS)}")
     parser.add_argument("--sanitizer", choices=builder_recipe.SANITIZERS, help="only the library, instrumented")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at once")
@@ -115,8 +124,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.cuda:
-        raise MonarchError("CUDA is not supported yet; build without --cuda")
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: needs at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -126,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     if args.sdist:
         builder_source.verify_sdist(pinned, args.sdist)
     check_python_headers()
-    tools = builder_cmake.find_toolchain()
+    cuda = builder_cuda.find_cuda(args.cuda_arch) if args.cuda or args.cuda_arch else builder_cuda.NO_CUDA
+    tools = builder_cmake.find_toolchain(cuda)
     targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if args.tools else ())]
     progress = Progress()
     with build_lock(cache, progress) as lock_fd:

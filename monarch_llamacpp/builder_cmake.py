@@ -9,6 +9,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+from .builder_cuda import NO_CUDA, Cuda
 from .builder_progress import Progress
 from .errors import MonarchError
 
@@ -23,14 +24,15 @@ class Toolchain:
     cmake: str
     ninja: str
     identity: str  # compilers, their versions, flags from the environment
+    cuda: Cuda = NO_CUDA
 
 
-def find_toolchain() -> Toolchain:
+def find_toolchain(cuda: Cuda = NO_CUDA) -> Toolchain:
     cc = find_compiler("CC", "cc")
     cxx = find_compiler("CXX", "c++")
     flags = [f"{name}={os.environ[name]}" for name in _FLAG_VARIABLES if name in os.environ]
     identity = "\n".join([_version(cc), _version(cxx), *flags])
-    return Toolchain(_find_tool("cmake"), _find_tool("ninja"), identity)
+    return Toolchain(_find_tool("cmake"), _find_tool("ninja"), identity, cuda)
 
 
 def find_compiler(variable: str, default: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import builder_source, paths
+from .builder_cuda import NO_CUDA, Cuda
 from .pin import Pin
 
 ARMS = ("stock", "patched")
@@ -53,9 +54,9 @@ _SANITIZER_OPTIONS = {
 }  # fmt: skip
 
 
-def cmake_options(arm: str, pin: Pin) -> dict[str, str]:
+def cmake_options(arm: str, pin: Pin, cuda: Cuda = NO_CUDA) -> dict[str, str]:
     commit = pin.llama_cpp_commit[:9] + ("" if arm == "stock" else "-monarch")
-    return _OPTIONS | {"LLAMA_BUILD_COMMIT": commit} | _SANITIZER_OPTIONS.get(arm, {})
+    return _OPTIONS | {"LLAMA_BUILD_COMMIT": commit} | _SANITIZER_OPTIONS.get(arm, {}) | cuda.options
 
 
 @functools.cache
@@ -83,11 +84,12 @@ def sources_digest(arm: str) -> str:
     return digest({name: files_digest(builder_source.own_files(folder)) for name, folder in folders.items()})
 
 
-def tree_key(arm: str, pin: Pin, compiler: str) -> str:
+def tree_key(arm: str, pin: Pin, compiler: str, cuda: Cuda = NO_CUDA) -> str:
     """Names the build tree. The sources are left out: after an edit the same tree is brought up to date."""
-    return digest([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), compiler])[:12]
+    return digest([arm, pin.sha256, cmake_options(arm, pin, cuda), cpu_features(), compiler + cuda.identity])[:12]
 
 
-def build_digest(arm: str, pin: Pin) -> str:
-    """Names the contents. The compiler is left out: using a library needs none."""
-    return digest([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), sources_digest(arm)])
+def build_digest(arm: str, pin: Pin, cuda: str = "") -> str:
+    """Names the contents. Compilers are left out: using a library needs none. cuda: its architectures."""
+    backends = [cuda] if cuda else []
+    return digest([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), sources_digest(arm), *backends])

@@ -16,6 +16,7 @@ class Built:
     arm_dir: Path
     digest: str  # empty while its bin folder is being replaced
     targets: list[str]
+    cuda: str = ""  # the architectures that it was built for
 
     @property
     def bin_dir(self) -> Path:
@@ -25,19 +26,19 @@ class Built:
 def read_stamp(arm_dir: Path) -> Built:
     try:
         stamp = json.loads((arm_dir / "stamp.json").read_text())
-        return Built(arm_dir, stamp["digest"], stamp["targets"])
+        return Built(arm_dir, stamp["digest"], stamp["targets"], stamp.get("cuda", ""))
     except (OSError, ValueError, KeyError):
         return Built(arm_dir, "", [])
 
 
 def write_stamp(built: Built) -> None:
     temp = built.arm_dir / "stamp.tmp"
-    temp.write_text(json.dumps({"digest": built.digest, "targets": built.targets}))
+    temp.write_text(json.dumps({"digest": built.digest, "targets": built.targets, "cuda": built.cuda}))
     os.replace(temp, built.arm_dir / "stamp.json")
 
 
 def find_built(arm: str, cache: Path, pin: Pin) -> Built | None:
-    """The finished build of just these sources for this CPU; with the compiler last asked for, if there are several."""
-    wanted = builder_recipe.build_digest(arm, pin)
+    """The finished build of just these sources for this CPU; of several the one last asked for, CUDA or not."""
     stamps = sorted(cache.glob(f"{arm}-*/stamp.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    return next((built for built in map(read_stamp, (file.parent for file in stamps)) if built.digest == wanted), None)
+    found = map(read_stamp, (file.parent for file in stamps))
+    return next((built for built in found if built.digest == builder_recipe.build_digest(arm, pin, built.cuda)), None)

@@ -88,10 +88,6 @@ static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_d
     return ptr - base;
 }
 
-int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens) {
-    return std::max<int64_t>(1, std::min<int64_t>(n_tokens, 64/n_gqa));
-}
-
 size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_tokens, int64_t n_pages_max) {
     monarch_work work;
     return monarch_work_init(&work, nullptr, head_dim, n_gqa*monarch_attend_block_size(n_gqa, n_tokens), n_pages_max);

@@ -100,9 +100,6 @@ struct monarch_attend_count {
 // once per process: which kernels serve
 void monarch_attend_say_kernels(const struct monarch_attend * attend);
 
-// queries per block: about 64 rows
-int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens);
-
 // bytes of scratch for one block, or for one part of it
 size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_tokens, int64_t n_pages_max);
 

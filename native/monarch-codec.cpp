@@ -1,7 +1,6 @@
 #include "monarch-codec.h"
 
-#include "monarch-codec-tables.h"
-#include "monarch-f16.h"
+#include "monarch-polar.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -14,35 +13,6 @@
 
 #define MAX_PAIRS  (MONARCH_MAX_HEAD_DIM/2)
 #define MAX_CODES  (MONARCH_MAX_PAGE_SIZE*MAX_PAIRS)
-#define CHUNK_SIZE 64 // codes that are packed together
-#define N_LANES    8
-
-static const float scale_factors[] = { MONARCH_SCALE_FACTORS };
-
-#define N_FACTORS ((int) (sizeof(scale_factors)/sizeof(scale_factors[0])))
-
-template <int bits> struct polar;
-
-template <> struct polar<2> {
-    static constexpr float unit = MONARCH_UNIT_2;
-    static constexpr float radius[ 4] = { MONARCH_RADIUS_2 };
-    static constexpr float cosine[ 8] = { MONARCH_COSINE_2 };
-    static constexpr float sine  [ 8] = { MONARCH_SINE_2   };
-};
-
-template <> struct polar<3> {
-    static constexpr float unit = MONARCH_UNIT_3;
-    static constexpr float radius[ 8] = { MONARCH_RADIUS_3 };
-    static constexpr float cosine[16] = { MONARCH_COSINE_3 };
-    static constexpr float sine  [16] = { MONARCH_SINE_3   };
-};
-
-template <> struct polar<4> {
-    static constexpr float unit = MONARCH_UNIT_4;
-    static constexpr float radius[16] = { MONARCH_RADIUS_4 };
-    static constexpr float cosine[32] = { MONARCH_COSINE_4 };
-    static constexpr float sine  [32] = { MONARCH_SINE_4   };
-};
 
 struct record {
     uint8_t  codes   [MAX_PAIRS];
@@ -61,32 +31,15 @@ struct angles {
 // rotation
 //
 
-// the greatest power of two that fits; the rest is covered by a second block, which overlaps the first
-static int32_t rotation_size(int32_t head_dim) {
-    int32_t n = 1;
-    while (2*n <= head_dim) {
-        n *= 2;
-    }
-    return n;
-}
-
 static void flip_signs(uint32_t first, int32_t n, float * x) {
     for (int32_t i = 0; i < n; ++i) {
-        uint32_t h = (first + (uint32_t) i)*0x9E3779B1u;
-        h ^= h >> 15;
-        h *= 0x85EBCA77u;
-        h ^= h >> 13;
-        x[i] = h & 1 ? -x[i] : x[i];
+        x[i] = monarch_rotation_flip(first + (uint32_t) i, x[i]);
     }
 }
 
-// transforms the lowest bit of the index and makes it the highest
 static void walsh_hadamard_stage(int32_t half, const float * __restrict src, float * __restrict dst) {
     for (int32_t i = 0; i < half; ++i) {
-        const float a = src[2*i + 0];
-        const float b = src[2*i + 1];
-        dst[i]        = a + b;
-        dst[i + half] = a - b;
+        monarch_rotation_stage(half, i, src, dst);
     }
 }
 
@@ -100,14 +53,14 @@ static void walsh_hadamard(int32_t n, float * x) {
         walsh_hadamard_stage(n/2, src, dst);
         std::swap(src, dst);
     }
-    const float scale = 1.0f/sqrtf((float) n);
+    const float scale = monarch_rotation_scale(n);
     for (int32_t i = 0; i < n; ++i) {
         x[i] = src[i]*scale;
     }
 }
 
 void monarch_codec_rotate(int32_t head_dim, float * x) {
-    const int32_t n = rotation_size(head_dim);
+    const int32_t n = monarch_rotation_size(head_dim);
 
     flip_signs(0, n, x);
     walsh_hadamard(n, x);
@@ -118,7 +71,7 @@ void monarch_codec_rotate(int32_t head_dim, float * x) {
 }
 
 void monarch_codec_unrotate(int32_t head_dim, float * x) {
-    const int32_t n = rotation_size(head_dim);
+    const int32_t n = monarch_rotation_size(head_dim);
 
     if (n < head_dim) {
         walsh_hadamard(n, x + head_dim - n);
@@ -134,14 +87,13 @@ void monarch_codec_unrotate(int32_t head_dim, float * x) {
 
 template <int bits>
 static monarch_codec_points make_points() {
-    typedef polar<bits> P;
-
     monarch_codec_points points = {};
     for (int32_t code = 0; code < 1 << 2*bits; ++code) {
-        const int32_t direction = code & ((2 << bits) - 1);
-        const float   radius    = P::radius[code >> bits];
-        points.x[code] = (int8_t) rintf(radius*P::cosine[direction]*P::unit);
-        points.y[code] = (int8_t) rintf(radius*P::sine  [direction]*P::unit);
+        float x;
+        float y;
+        monarch_polar_point<bits>(code, x, y);
+        points.x[code] = (int8_t) x;
+        points.y[code] = (int8_t) y;
     }
     return points;
 }
@@ -162,74 +114,24 @@ const monarch_codec_points * monarch_codec_get_points(int32_t bits) {
 }
 
 //
-// pairs
-//
-
-// the directions of one parity with the greatest dot products: |x| and |y| choose among those of a quadrant, which has both
-// axes (even) or none (odd); signs turn the angle back
-template <int bits, int parity>
-static void find_angles(int32_t n_pairs, const float * x, const float * y, float * dots, int32_t * indices) {
-    typedef polar<bits> P;
-    constexpr int n          = 1 << bits;
-    constexpr int n_quadrant = n/4 + 1 - parity;
-
-    for (int32_t p = 0; p < n_pairs; ++p) {
-        const float ax = fabsf(x[p]);
-        const float ay = fabsf(y[p]);
-
-        float   best  = ax*P::cosine[parity*n] + ay*P::sine[parity*n];
-        int32_t index = 0;
-#pragma GCC unroll 8
-        for (int32_t i = 1; i < n_quadrant; ++i) {
-            const float dot = ax*P::cosine[parity*n + i] + ay*P::sine[parity*n + i];
-            index = dot > best ? i   : index;
-            best  = dot > best ? dot : best;
-        }
-        index = x[p] < 0.0f ? n/2 - parity - index : index;
-        index = y[p] < 0.0f ? n   - parity - index : index;
-
-        dots   [p] = best;
-        indices[p] = index & (n - 1);
-    }
-}
-
-// the ring of one parity nearest to a distance
-template <int bits, int parity>
-static inline void pair_find_ring(float distance, float & radius, int32_t & ring) {
-    typedef polar<bits> P;
-    constexpr int n = 1 << bits;
-
-    radius = P::radius[parity];
-    ring   = parity;
-#pragma GCC unroll 16
-    for (int32_t i = parity + 2; i < n; i += 2) {
-        const bool farther = distance > 0.5f*(P::radius[i - 2] + P::radius[i]);
-        radius = farther ? P::radius[i] : radius;
-        ring  += 2*farther; // not a second choice: compilers make branches of those
-    }
-}
-
-// the error is the squared length of the pair less this
-static inline float pair_gain(float distance, float radius) {
-    return radius*(distance + distance - radius);
-}
-
-//
 // records
 //
 
+template <int bits, int parity>
+static void find_angles(int32_t n_pairs, const float * x, const float * y, float * dots, int32_t * indices) {
+    for (int32_t p = 0; p < n_pairs; ++p) {
+        monarch_polar_find_angle<bits, parity>(x[p], y[p], dots[p], indices[p]);
+    }
+}
+
 static float sum_of_lanes(const float * x, int32_t n) {
-    float lanes[N_LANES] = { 0 };
-    for (int32_t i = 0; i < n; i += N_LANES) {
-        for (int32_t j = 0; j < N_LANES; ++j) {
+    float lanes[MONARCH_N_LANES] = { 0 };
+    for (int32_t i = 0; i < n; i += MONARCH_N_LANES) {
+        for (int32_t j = 0; j < MONARCH_N_LANES; ++j) {
             lanes[j] += x[i + j];
         }
     }
-    float sum = 0.0f;
-    for (int32_t j = 0; j < N_LANES; ++j) {
-        sum += lanes[j];
-    }
-    return sum;
+    return monarch_sum_lanes(lanes);
 }
 
 static float root_mean_square(const float * x, int32_t n) {
@@ -243,48 +145,28 @@ static float root_mean_square(const float * x, int32_t n) {
 // every factor assigns rings at rms*factor and refits the scale by least squares; the least error wins
 template <int bits>
 static float find_scale(int32_t n_pairs, const angles & a, float rms) {
-    float inverse[N_FACTORS];
-    float dots   [N_FACTORS];
-    float norms  [N_FACTORS];
-    for (int32_t i = 0; i < N_FACTORS; ++i) {
-        inverse[i] = 1.0f/(rms*scale_factors[i]);
-        dots   [i] = 0.0f;
+    float inverse[MONARCH_N_FACTORS];
+    float dots   [MONARCH_N_FACTORS];
+    float norms  [MONARCH_N_FACTORS];
+    for (int32_t i = 0; i < MONARCH_N_FACTORS; ++i) {
+        inverse[i] = 1.0f/(rms*monarch_scale_factor(i));
+        dots   [i] = 0.0f; // in this loop: gcc does not vectorize the next one after an initializer
         norms  [i] = 0.0f;
     }
     for (int32_t p = 0; p < n_pairs; ++p) {
         const float even = a.dot[0][p];
         const float odd  = a.dot[1][p];
-        for (int32_t i = 0; i < N_FACTORS; ++i) {
-            float   radius_even;
-            float   radius_odd;
-            int32_t ring;
-            pair_find_ring<bits, 0>(even*inverse[i], radius_even, ring);
-            pair_find_ring<bits, 1>(odd *inverse[i], radius_odd,  ring);
-
-            const bool  is_odd = pair_gain(odd*inverse[i], radius_odd) > pair_gain(even*inverse[i], radius_even);
-            const float radius = is_odd ? radius_odd : radius_even;
-            dots [i] += radius*(is_odd ? odd : even);
-            norms[i] += radius*radius;
+        for (int32_t i = 0; i < MONARCH_N_FACTORS; ++i) {
+            monarch_polar_add_fit<bits>(even, odd, inverse[i], dots[i], norms[i]);
         }
     }
-    int32_t best = 0;
-    float   gain = dots[0]*dots[0]/norms[0];
-    for (int32_t i = 1; i < N_FACTORS; ++i) {
-        const float g = dots[i]*dots[i]/norms[i];
-        best = g > gain ? i : best;
-        gain = g > gain ? g : gain;
-    }
-    return dots[best]/norms[best];
+    return monarch_polar_best_fit(dots, norms);
 }
 
 template <int bits, int parity>
 static void find_rings(int32_t n_pairs, const float * dots, float inverse, float * radii, int32_t * rings) {
     for (int32_t p = 0; p < n_pairs; ++p) {
-        float   radius;
-        int32_t ring;
-        pair_find_ring<bits, parity>(dots[p]*inverse, radius, ring);
-        radii[p] = radius;
-        rings[p] = ring;
+        monarch_polar_find_ring<bits, parity>(dots[p]*inverse, radii[p], rings[p]);
     }
 }
 
@@ -298,12 +180,9 @@ static void find_codes(int32_t n_pairs, const angles & a, float scale, uint8_t *
     find_rings<bits, 1>(n_pairs, a.dot[1], inverse, radii[1], rings[1]);
 
     for (int32_t p = 0; p < n_pairs; ++p) {
-        const int32_t even = rings[0][p] << bits | a.index[0][p];
-        const int32_t odd  = rings[1][p] << bits | a.index[1][p];
-
-        const float gain_even = pair_gain(a.dot[0][p]*inverse, radii[0][p]);
-        const float gain_odd  = pair_gain(a.dot[1][p]*inverse, radii[1][p]);
-        codes[p] = (uint8_t) (gain_odd > gain_even ? odd : even);
+        codes[p] = monarch_polar_choose_code<bits>(
+                a.dot[0][p]*inverse, radii[0][p], rings[0][p], a.index[0][p],
+                a.dot[1][p]*inverse, radii[1][p], rings[1][p], a.index[1][p]);
     }
 }
 
@@ -338,7 +217,7 @@ static void record_encode_codes(int32_t head_dim, const float * x, record & r) {
 
         find_codes<bits>(n_pairs, a, find_scale<bits>(n_pairs, a, rms), r.codes);
         r.scale = monarch_f32_to_f16(fit_scale<bits>(n_pairs, x, r.codes));
-        find_codes<bits>(n_pairs, a, monarch_f16_to_f32(r.scale)*polar<bits>::unit, r.codes);
+        find_codes<bits>(n_pairs, a, monarch_f16_to_f32(r.scale)*monarch_polar<bits>::unit, r.codes);
     }
     if (r.scale == 0) {
         memset(r.codes, 0, n_pairs);
@@ -413,53 +292,30 @@ static void record_encode(int32_t head_dim, int32_t bits, bool residual, const f
 
 // where the code of pair p of token t lies
 static inline int32_t k_index(int32_t page_size, int32_t t, int32_t p) {
-    return p/4*page_size*4 + t*4 + p%4;
+    return monarch_quad_k(page_size, t, p)*4 + p%4;
 }
 
 static inline int32_t v_index(int32_t n_pairs, int32_t t, int32_t p) {
-    return t/4*n_pairs*4 + p*4 + t%4;
-}
-
-static void chunk_pack(int32_t bits, const uint8_t * codes, uint8_t * dst) {
-    if (bits == 4) {
-        memcpy(dst, codes, CHUNK_SIZE);
-        return;
-    }
-    for (int32_t j = 0; j < 32; ++j) {
-        dst[j] = (codes[j] & 15) | (codes[j + 32] & 15) << 4;
-    }
-    if (bits == 3) {
-        for (int32_t j = 0; j < 16; ++j) {
-            dst[j + 32] = codes[j] >> 4 | codes[j + 16] >> 4 << 2 | codes[j + 32] >> 4 << 4 | codes[j + 48] >> 4 << 6;
-        }
-    }
-}
-
-static void chunk_unpack(int32_t bits, const uint8_t * src, uint8_t * codes) {
-    if (bits == 4) {
-        memcpy(codes, src, CHUNK_SIZE);
-        return;
-    }
-    for (int32_t j = 0; j < 32; ++j) {
-        codes[j]      = src[j] & 15;
-        codes[j + 32] = src[j] >> 4;
-    }
-    if (bits == 3) {
-        for (int32_t j = 0; j < CHUNK_SIZE; ++j) {
-            codes[j] |= (src[j%16 + 32] >> j/16*2 & 3) << 4;
-        }
-    }
+    return monarch_quad_v(n_pairs, t, p)*4 + t%4;
 }
 
 static void codes_pack(int32_t bits, int32_t n, const uint8_t * codes, uint8_t * dst) {
-    for (int32_t i = 0; i < n; i += CHUNK_SIZE) {
-        chunk_pack(bits, codes + i, dst + i*bits/4);
+    const int32_t size = MONARCH_CHUNK*bits/4;
+
+    for (int32_t i = 0; i < n/MONARCH_CHUNK; ++i) {
+        for (int32_t j = 0; j < size; ++j) {
+            dst[i*size + j] = monarch_chunk_byte(bits, codes + i*MONARCH_CHUNK, j);
+        }
     }
 }
 
 static void codes_unpack(int32_t bits, int32_t n, const uint8_t * src, uint8_t * codes) {
-    for (int32_t i = 0; i < n; i += CHUNK_SIZE) {
-        chunk_unpack(bits, src + i*bits/4, codes + i);
+    for (int32_t i = 0; i < n/4; ++i) {
+        const uint32_t quad = monarch_quad_load(bits, src, i);
+
+        for (int32_t j = 0; j < 4; ++j) {
+            codes[4*i + j] = (uint8_t) (quad >> 8*j);
+        }
     }
 }
 

@@ -34,6 +34,7 @@
 #include <stdint.h>
 
 #include "monarch-export.h"
+#include "monarch-hd.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -50,7 +51,7 @@ struct monarch_codec {
     int32_t residual_k; // 0 or 1
 };
 
-static inline size_t monarch_record_size(int32_t head_dim, int32_t bits, int32_t residual) {
+MONARCH_HD static inline size_t monarch_record_size(int32_t head_dim, int32_t bits, int32_t residual) {
     if (bits == 16) {
         return (size_t) head_dim*2;
     }
@@ -58,7 +59,7 @@ static inline size_t monarch_record_size(int32_t head_dim, int32_t bits, int32_t
 }
 
 // bytes of one page of one KV head, K and V
-static inline size_t monarch_codec_block_size(const struct monarch_codec * codec) {
+MONARCH_HD static inline size_t monarch_codec_block_size(const struct monarch_codec * codec) {
     return codec->page_size*(
         monarch_record_size(codec->head_dim, codec->bits_k, codec->residual_k) +
         monarch_record_size(codec->head_dim, codec->bits_v, 0));
@@ -74,7 +75,7 @@ struct monarch_codec_layout {
     size_t v_scales;
 };
 
-static inline struct monarch_codec_layout monarch_codec_get_layout(const struct monarch_codec * codec) {
+MONARCH_HD static inline struct monarch_codec_layout monarch_codec_get_layout(const struct monarch_codec * codec) {
     const size_t  n_values = (size_t) codec->page_size*codec->head_dim;
     const size_t  n_scales = (size_t) codec->page_size*2;
     const int32_t residual = codec->residual_k && codec->bits_k != 16;

@@ -1,26 +1,33 @@
 #pragma once
 
-// f32 <-> f16, round to nearest even, the same bits with and without F16C. No ggml, no tables.
+// f32 <-> f16, round to nearest even, the same bits with and without F16C and on CUDA. No ggml, no tables.
+
+#include "monarch-hd.h"
 
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __F16C__
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#elif defined(__F16C__)
+#define MONARCH_F16C
 #include <immintrin.h>
 #endif
 
 #define MONARCH_F16_MAX 65504.0f
 
 // NaN becomes zero and everything else fits into f16: one bad value must not poison a page
-static inline float monarch_f16_clamp(float x) {
+MONARCH_HD static inline float monarch_f16_clamp(float x) {
     x = x == x ? x : 0.0f;
     x = x < MONARCH_F16_MAX ? x : MONARCH_F16_MAX;
     return x > -MONARCH_F16_MAX ? x : -MONARCH_F16_MAX;
 }
 
 // x: at most MONARCH_F16_MAX in magnitude
-static inline uint16_t monarch_f32_to_f16(float x) {
-#ifdef __F16C__
+MONARCH_HD static inline uint16_t monarch_f32_to_f16(float x) {
+#if defined(__CUDA_ARCH__)
+    return __half_as_ushort(__float2half_rn(x));
+#elif defined(MONARCH_F16C)
     return (uint16_t) _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
     uint32_t bits;
@@ -46,8 +53,10 @@ static inline uint16_t monarch_f32_to_f16(float x) {
 #endif
 }
 
-static inline float monarch_f16_to_f32(uint16_t h) {
-#ifdef __F16C__
+MONARCH_HD static inline float monarch_f16_to_f32(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    return __half2float(__ushort_as_half(h));
+#elif defined(MONARCH_F16C)
     return _cvtsh_ss(h);
 #else
     const uint32_t sign      = (uint32_t) (h & 0x8000) << 16;

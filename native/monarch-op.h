@@ -47,6 +47,12 @@ enum monarch_table_field {
     MONARCH_TABLE_HEADER = 16,
 };
 
+// queries that share one choice of pages: about 64 rows
+MONARCH_HD static inline int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens) {
+    const int64_t n = 64/n_gqa < n_tokens ? 64/n_gqa : n_tokens;
+    return n > 1 ? n : 1;
+}
+
 // consecutive tokens of a ubatch that belong to one sequence
 struct monarch_table_run {
     int32_t seq;
@@ -60,17 +66,17 @@ struct monarch_table_run {
 };
 
 // elements before the list of pages
-static inline int64_t monarch_table_head_size(int64_t n_runs_max) {
+MONARCH_HD static inline int64_t monarch_table_head_size(int64_t n_runs_max) {
     return MONARCH_TABLE_HEADER + n_runs_max*(int64_t) (sizeof(struct monarch_table_run)/sizeof(int32_t));
 }
 
 // byte offset of a physical page's block of one KV head in the pool
-static inline size_t monarch_pool_offset(const struct monarch_codec * codec, int64_t n_pages, int64_t head_kv, int64_t page) {
+MONARCH_HD static inline size_t monarch_pool_offset(const struct monarch_codec * codec, int64_t n_pages, int64_t head_kv, int64_t page) {
     return (head_kv*n_pages + page)*monarch_codec_block_size(codec);
 }
 
 // byte offset of the group that holds a physical page's summary of one KV head
-static inline size_t monarch_summary_offset(int32_t head_dim, int64_t n_pages, int64_t head_kv, int64_t page) {
+MONARCH_HD static inline size_t monarch_summary_offset(int32_t head_dim, int64_t n_pages, int64_t head_kv, int64_t page) {
     return (head_kv*n_pages + page/MONARCH_SUMMARY_GROUP*MONARCH_SUMMARY_GROUP)*monarch_summary_size(head_dim);
 }
 

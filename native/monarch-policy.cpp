@@ -1,12 +1,7 @@
 #include "monarch-policy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
-
-static bool monarch_policy_is_sticky(const monarch_policy * policy, const uint8_t * count, int32_t page) {
-    return policy->sticky_threshold > 0 && count[page] >= policy->sticky_threshold;
-}
 
 void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state * head, int64_t n_pages_max, int32_t committed) {
     const monarch_log_entry * log = monarch_head_state_log(head);
@@ -18,16 +13,7 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
         for (int32_t i = 0; i < head->n_log; ++i) {
             const int32_t page = log[i].page;
 
-            if (!(log[i].flags & MONARCH_LOG_PROMOTED)) {
-                count[page]      = 0;
-                importance[page] = 0.0f;
-                continue;
-            }
-
-            const float kept = monarch_policy_is_sticky(policy, count, page) ? importance[page] : 0.0f;
-
-            importance[page] = policy->importance_decay*kept + log[i].measured;
-            count[page]      = (uint8_t) std::min(count[page] + 1, 255);
+            monarch_policy_apply_entry(policy, &log[i], &count[page], &importance[page]);
         }
 
         head->n_promotions += head->log_promoted;
@@ -56,20 +42,9 @@ int32_t monarch_policy_select(
     for (int32_t i = 0; i < n_pages; ++i) {
         const int32_t page = table[i].page;
 
-        if (monarch_policy_is_sticky(policy, count, page)) {
-            rank[i] = std::max(importance[page], probability[i]);
-        } else if (probability[i] >= policy->promotion_threshold) {
-            rank[i] = probability[i];
-        } else {
-            continue;
+        if (monarch_policy_get_rank(policy, count[page], importance[page], probability[i], &rank[i])) {
+            chosen[n_chosen++] = i;
         }
-
-        // a broken model or a crafted state: sorting needs an order, which NaN has not
-        if (std::isnan(rank[i])) {
-            rank[i] = 0.0f;
-        }
-
-        chosen[n_chosen++] = i;
     }
 
     if (n_chosen > policy->n_budget) {
@@ -117,7 +92,7 @@ void monarch_policy_write_log(
 
     for (int32_t i = 0; i < n_pages; ++i) {
         const int32_t page    = table[i].page;
-        const bool    sticky  = monarch_policy_is_sticky(policy, count, page);
+        const bool    sticky  = monarch_policy_is_sticky(policy, count[page]);
         const bool    promote = i_chosen < n_chosen && chosen[i_chosen] == i;
 
         if (!sticky && !promote) {

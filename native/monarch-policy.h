@@ -20,13 +20,56 @@ struct monarch_table_entry {
 };
 
 // tokens of a page that are valid
-static inline int32_t monarch_mask_count(uint32_t mask) {
+MONARCH_HD static inline int32_t monarch_mask_count(uint32_t mask) {
     int32_t res = 0;
     for (; mask; mask &= mask - 1) {
         res++;
     }
     return res;
 }
+
+//
+// one page, as the CPU and CUDA share it; count, importance: its sticky state
+//
+
+MONARCH_HD static inline bool monarch_policy_is_sticky(const struct monarch_policy * policy, uint8_t count) {
+    return policy->sticky_threshold > 0 && count >= policy->sticky_threshold;
+}
+
+// what a step logged
+MONARCH_HD static inline void monarch_policy_apply_entry(
+        const struct monarch_policy * policy, const struct monarch_log_entry * entry, uint8_t * count, float * importance) {
+    if (!(entry->flags & MONARCH_LOG_PROMOTED)) {
+        *count      = 0;
+        *importance = 0.0f;
+        return;
+    }
+
+    const float kept = monarch_policy_is_sticky(policy, *count) ? *importance : 0.0f;
+
+    *importance = policy->importance_decay*kept + entry->measured;
+    *count      = *count < 255 ? *count + 1 : 255;
+}
+
+// whether the page may be promoted, and its rank among those
+MONARCH_HD static inline bool monarch_policy_get_rank(
+        const struct monarch_policy * policy, uint8_t count, float importance, float probability, float * rank) {
+    if (monarch_policy_is_sticky(policy, count)) {
+        *rank = probability < importance ? importance : probability;
+
+        // a broken model or a crafted state: sorting needs an order, which NaN has not
+        if (*rank != *rank) {
+            *rank = 0.0f;
+        }
+        return true;
+    }
+    *rank = probability;
+    return probability >= policy->promotion_threshold;
+}
+
+//
+// the pages of a KV head
+//
 
 // sticky state moves on by one step, if the log in `head` is that of the last step that succeeded
 void monarch_policy_apply_log(const struct monarch_policy * policy, struct monarch_head_state * head, int64_t n_pages_max, int32_t committed);

@@ -5,6 +5,8 @@
 // A step may be aborted between two layers, so an op never changes the sticky state for the step it runs in. It logs what it
 // promoted under the step's id; the next step applies a log only if its id is that of the last step that succeeded.
 
+#include "monarch-hd.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -40,33 +42,33 @@ struct monarch_head_state {
     uint64_t n_scored;
 };
 
-static inline size_t monarch_head_state_size(int64_t n_pages) {
+MONARCH_HD static inline size_t monarch_head_state_size(int64_t n_pages) {
     const size_t size = sizeof(struct monarch_head_state) + n_pages*(sizeof(struct monarch_log_entry) + sizeof(int32_t) + sizeof(float) + 1);
     return (size + 63)/64*64;
 }
 
-static inline size_t monarch_state_size(int64_t n_head_kv, int64_t n_pages) {
+MONARCH_HD static inline size_t monarch_state_size(int64_t n_head_kv, int64_t n_pages) {
     return sizeof(struct monarch_layer_state) + n_head_kv*monarch_head_state_size(n_pages);
 }
 
-static inline struct monarch_head_state * monarch_state_head(void * state, int64_t n_pages, int64_t head_kv) {
+MONARCH_HD static inline struct monarch_head_state * monarch_state_head(void * state, int64_t n_pages, int64_t head_kv) {
     return (struct monarch_head_state *) ((char *) state + sizeof(struct monarch_layer_state) + head_kv*monarch_head_state_size(n_pages));
 }
 
-static inline struct monarch_log_entry * monarch_head_state_log(struct monarch_head_state * head) {
+MONARCH_HD static inline struct monarch_log_entry * monarch_head_state_log(struct monarch_head_state * head) {
     return (struct monarch_log_entry *) (head + 1);
 }
 
 // where a physical page may be in the log; it is there if the log says so, too
-static inline int32_t * monarch_head_state_log_index(struct monarch_head_state * head, int64_t n_pages) {
+MONARCH_HD static inline int32_t * monarch_head_state_log_index(struct monarch_head_state * head, int64_t n_pages) {
     return (int32_t *) (monarch_head_state_log(head) + n_pages);
 }
 
-static inline float * monarch_head_state_importance(struct monarch_head_state * head, int64_t n_pages) {
+MONARCH_HD static inline float * monarch_head_state_importance(struct monarch_head_state * head, int64_t n_pages) {
     return (float *) (monarch_head_state_log_index(head, n_pages) + n_pages);
 }
 
 // promotions of each physical page; a page is sticky while it has at least sticky_threshold of them
-static inline uint8_t * monarch_head_state_count(struct monarch_head_state * head, int64_t n_pages) {
+MONARCH_HD static inline uint8_t * monarch_head_state_count(struct monarch_head_state * head, int64_t n_pages) {
     return (uint8_t *) (monarch_head_state_importance(head, n_pages) + n_pages);
 }

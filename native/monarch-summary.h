@@ -21,6 +21,7 @@
 
 #include "monarch-enums.h"
 #include "monarch-export.h"
+#include "monarch-hd.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -33,7 +34,7 @@ extern "C" {
 #define MONARCH_SUMMARY_GROUP 16
 
 // bytes per page: a group takes MONARCH_SUMMARY_GROUP times as many
-static inline size_t monarch_summary_size(int32_t head_dim) {
+MONARCH_HD static inline size_t monarch_summary_size(int32_t head_dim) {
     return 8 + 2*(size_t) head_dim;
 }
 

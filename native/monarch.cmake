@@ -46,6 +46,17 @@ function(monarch_add_ggml_cpu target)
     endif()
 endfunction()
 
+function(monarch_add_ggml_cuda target)
+    # by themselves: none of the target's flags, which are for speed; pages hold the same bytes on every machine
+    add_library(monarch-cuda OBJECT ${MONARCH_DIR}/monarch-cuda.cu)
+    set_target_properties(monarch-cuda PROPERTIES CUDA_STANDARD 17 POSITION_INDEPENDENT_CODE ON)
+    target_compile_options(monarch-cuda PRIVATE -fmad=false)
+    target_include_directories(monarch-cuda PRIVATE ${MONARCH_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/../../include)
+
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:monarch-cuda> ${MONARCH_DIR}/monarch-cuda-backend.cu)
+    target_include_directories(${target} PRIVATE ${MONARCH_DIR})
+endfunction()
+
 function(monarch_add_llama target)
     target_sources(${target} PRIVATE
         ${MONARCH_DIR}/monarch-api.cpp

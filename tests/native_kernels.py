@@ -39,7 +39,7 @@ def upstream_dir() -> Path:
 
 def _sources() -> list[Path]:
     folder = paths.native_dir()
-    names = [f"monarch-{name}.cpp" for name in ("codec", "cpu", "policy", "summary")]
+    names = [f"monarch-{name}.cpp" for name in ("codec", "cpu", "page", "policy", "summary")]
     return [*sorted(folder.glob("monarch-attend*.cpp")), *(folder / name for name in names)]
 
 
@@ -53,20 +53,25 @@ def _flags(source: Path, machine: str) -> list[str]:
     return exact + (found[1].split(";") if found else [])
 
 
-def build(compiler: str, machine: str, folder: Path, sanitizer: str) -> Path:
-    """For the oldest processor of its kind: only the kernels may use newer instructions."""
+def build(
+    compiler: str, machine: str, folder: Path, sanitizer: str, main: str = "native_kernels", flags: tuple[str, ...] = ()
+) -> Path:
+    """For the oldest processor of its kind: only the kernels may use newer instructions. flags: for the main file."""
     ggml = upstream_dir() / "ggml"
     include = [f"-I{path}" for path in (paths.native_dir(), ggml / "include", ggml / "src", ggml / "src" / "ggml-cpu")]
 
+    main_file = Path(__file__).with_name(f"{main}.cpp")
+
     def compile_file(source: Path) -> Path:
         out = folder / f"{source.stem}.o"
-        flags = ["-std=c++17", *FLAGS[sanitizer], *include, *_flags(source, machine)]
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
+        own = flags if source == main_file else _flags(source, machine)
+        command = [compiler, "-std=c++17", *FLAGS[sanitizer], *include, *own, "-c", str(source), "-o", str(out)]
+        subprocess.run(command, check=True)
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_file, [Path(__file__).with_suffix(".cpp"), *_sources()]))
-    program = folder / "native_kernels"
+        objects = list(pool.map(compile_file, [main_file, *_sources()]))
+    program = folder / main
     link = FLAGS[sanitizer] if sanitizer else ["-static"]  # qemu finds no libraries
     subprocess.run([compiler, *link, *map(str, objects), "-o", str(program)], check=True)
     return program

@@ -1,6 +1,7 @@
 """The build pipeline, on a source of four small files: nothing here compiles llama.cpp."""
 
 import errno
+import importlib.machinery
 import importlib.util
 import os
 import subprocess
@@ -16,7 +17,16 @@ from fake_source import PATCHED, TOP, UPSTREAM, write_patches, write_sdist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from monarch_llamacpp import build, builder_cmake, builder_patch, builder_recipe, builder_shim, builder_source, paths
+from monarch_llamacpp import (
+    build,
+    builder_cmake,
+    builder_cuda,
+    builder_patch,
+    builder_recipe,
+    builder_shim,
+    builder_source,
+    paths,
+)
 from monarch_llamacpp.builder_progress import Progress
 from monarch_llamacpp.builder_stamp import Built, find_built
 from monarch_llamacpp.cli import main
@@ -272,11 +282,11 @@ class Project:
         (self.native / "monarch.cpp").write_text("first")
         write_patches(root / "patches")
 
-    def build(self, *arms: str, tools: bool = False, compiler: str = "cc 1") -> list[Built]:
+    def build(self, *arms: str, tools: bool = False, compiler: str = "cc 1", cuda=builder_cuda.NO_CUDA) -> list[Built]:
         targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if tools else ())]
         progress = Progress()
         with build.build_lock(self.cache, progress) as lock:
-            toolchain = builder_cmake.Toolchain("cmake", "ninja", compiler)
+            toolchain = builder_cmake.Toolchain("cmake", "ninja", compiler, cuda)
             builder = build.Builder(self.cache, self.pin, None, toolchain, 1, progress, lock)
             return [builder.build(arm, targets) for arm in arms]
 
@@ -550,9 +560,89 @@ def test_an_interrupt_is_status_130(empty_cache: Path, capsys, monkeypatch) -> N
     assert command_line(capsys, "build") == (130, "interrupted\n")
 
 
-def test_cuda_is_refused_in_one_line(capsys) -> None:
-    assert command_line(capsys, "build", "--cuda") == (
-        1, "error: CUDA is not supported yet; build without --cuda\n")
+# CUDA
+
+
+def write_tool(folder: Path, name: str, output: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like CUDA 13 in full, the only one on PATH, and a card."""
+    root = tmp_path / "cuda"
+    write_tool(root / "bin", "nvcc", f"#$ TOP={root}/bin/..\nCuda compilation tools, release 13.0, V13.0.88")
+    write_tool(root / "bin", "nvidia-smi", "8.6\n12.0\n8.6")
+    for name in ("include/cublas_v2.h", "include/cccl/cub/cub.cuh", "lib64/stubs/libcuda.so"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    monkeypatch.setenv("PATH", f"{root / 'bin'}:/usr/bin:/bin")
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return root
+
+
+def test_cuda_is_built_for_the_cards_present_or_those_asked_for(toolkit: Path) -> None:
+    assert builder_cuda.find_cuda(None).architectures == "120;86"
+    cuda = builder_cuda.find_cuda("75,90a")
+    assert cuda.options["CMAKE_CUDA_ARCHITECTURES"] == cuda.architectures == "75;90a"
+    assert cuda.options["CMAKE_CUDA_COMPILER"] == str(toolkit / "bin/nvcc")
+    assert cuda.options["CMAKE_INSTALL_RPATH"].split(";") == ["$ORIGIN", str(toolkit / "lib64")]
+    assert "CMAKE_CUDA_FLAGS" not in cuda.options and "GGML_CUDA_NO_VMM" not in cuda.options
+
+
+def test_what_a_toolkit_lacks_comes_from_packages(toolkit: Path, tmp_path: Path, monkeypatch) -> None:
+    (toolkit / "include/cublas_v2.h").unlink()
+    (toolkit / "include/cccl/cub/cub.cuh").unlink()
+    packages = tmp_path / "packages/nvidia/cu13"
+    names = ("include/cublas_v2.h", "lib/libcublas.so.13", "lib/libcublasLt.so.13", "include/cccl/cub/cub.cuh")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in names:
+        with pytest.raises(MonarchError) as failure:
+            builder_cuda.find_cuda("86")
+        assert "missing" in str(failure.value) and "\n" not in str(failure.value)
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).touch()
+        spec = importlib.machinery.ModuleSpec("nvidia", None)
+        spec.submodule_search_locations = [str(packages.parent)]
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+    options = builder_cuda.find_cuda("86").options
+    assert options["CUDA_cublas_LIBRARY"] == str(packages / "lib/libcublas.so.13")
+    assert options["CMAKE_CUDA_FLAGS"] == f'-I"{packages}/include" -I"{packages}/include/cccl"'
+    assert options["CMAKE_INSTALL_RPATH"].split(";")[1] == str(packages / "lib")
+
+
+def test_cuda_that_cannot_be_built_is_refused_in_one_line(toolkit: Path, capsys) -> None:
+    status, err = command_line(capsys, "build", "--cuda-arch", "61")
+    assert status == 2 and "'61' is no architecture of 75 or above" in err and err.count("\n") == 1
+    write_tool(toolkit / "bin", "nvidia-smi", "6.1")
+    status, err = command_line(capsys, "build", "--cuda")
+    assert status == 1 and "architecture 61" in err and err.count("\n") == 1
+    write_tool(toolkit / "bin", "nvidia-smi", "No devices were found")
+    status, err = command_line(capsys, "build", "--cuda")
+    assert status == 1 and "no NVIDIA card" in err and err.count("\n") == 1
+    write_tool(toolkit / "bin", "nvcc", "Cuda compilation tools, release 11.8, V11.8.89")
+    status, err = command_line(capsys, "build", "--cuda-arch", "86")
+    assert status == 1 and "release 11.8" in err and err.count("\n") == 1
+
+
+def test_without_nvcc_cuda_is_refused_in_one_line(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder_cuda.shutil, "which", lambda name, path=None: None)
+    status, err = command_line(capsys, "build", "--cuda-arch", "86")
+    assert status == 1 and err.startswith("error: nvcc is missing") and err.count("\n") == 1
+
+
+def test_cuda_has_its_own_tree_and_the_last_asked_for_is_used(project: Project, compiler) -> None:
+    [cpu] = project.build("patched")
+    cuda = builder_cuda.Cuda("86", {"GGML_CUDA": "ON"}, "nvcc 13")
+    [gpu] = project.build("patched", cuda=cuda)
+    assert cpu.arm_dir != gpu.arm_dir
+    assert find_built("patched", project.cache, project.pin) == gpu
+    project.build("patched")
+    assert find_built("patched", project.cache, project.pin) == cpu
+    assert compiler.compiled == ["patched", "patched"]
 
 
 def test_wrong_usage_is_status_2(capsys) -> None:
@@ -564,9 +654,9 @@ def test_wrong_usage_is_status_2(capsys) -> None:
 
 
 def test_debug_adds_the_traceback(capsys) -> None:
-    status, err = command_line(capsys, "build", "--cuda", "--debug")
-    assert status == 1
-    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("error: CUDA")
+    status, err = command_line(capsys, "build", "--jobs", "0", "--debug")
+    assert status == 2
+    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("error: --jobs 0")
 
 
 # packaging

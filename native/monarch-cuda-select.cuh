@@ -1,0 +1,401 @@
+#pragma once
+
+// The choice of pages on CUDA, and the sticky state that follows from it.
+
+#include "monarch-cuda-attend.cuh"
+
+//
+// the choice of pages
+//
+
+// grid: tiles of pages, groups; shared: [n_rows][2*head_dim]
+MONARCH_KERNEL monarch_score_pages(const monarch_cuda_attend a, const int32_t n_rows_max) {
+    MONARCH_SHARED(shared);
+
+    const monarch_cuda_group group = monarch_group_get(a, blockIdx.y);
+
+    const int32_t head_dim = a.op.codec.head_dim;
+    const int32_t n_pages  = group.n_pages;
+    const int32_t i        = blockIdx.x*blockDim.x + threadIdx.x;
+
+    if (group.mode != MONARCH_MODE_PAGED || (int32_t) (blockIdx.x*blockDim.x) >= n_pages) {
+        return;
+    }
+
+    const monarch_table_entry entry = group.table[i < n_pages ? i : 0];
+
+    const uint8_t * summary = a.summary + monarch_summary_offset(head_dim, a.n_pages_max, group.head_kv, entry.page);
+    const float     n_valid = (float) monarch_mask_count(entry.mask);
+
+    for (int32_t row0 = 0; row0 < group.n_rows; row0 += n_rows_max) {
+        const int32_t n_rows = group.n_rows - row0 < n_rows_max ? group.n_rows - row0 : n_rows_max;
+
+        for (int32_t j = threadIdx.x; j < n_rows*head_dim; j += blockDim.x) {
+            const int32_t r = j/head_dim;
+            const int32_t d = j%head_dim;
+            const float   x = monarch_row_query(a, group, row0 + r)[d];
+
+            shared[2*r*head_dim + d]            = monarch_summary_weight(a.op.scorer, 0, x);
+            shared[2*r*head_dim + d + head_dim] = monarch_summary_weight(a.op.scorer, 1, x);
+        }
+        __syncthreads();
+
+        for (int32_t r = 0; r < n_rows && i < n_pages; ++r) {
+            a.mass[monarch_row_index(a, group, row0 + r)*a.n_pages_max + i] =
+                a.op.kq_scale*monarch_summary_score_page(head_dim, shared + 2*r*head_dim, summary, entry.page%MONARCH_SUMMARY_GROUP) + logf(n_valid);
+        }
+        __syncthreads();
+    }
+}
+
+// per row: the scale of the masses, and the inverse of hot mass + sum of estimated page masses
+// grid: rows, groups; shared: one float to a warp
+MONARCH_KERNEL monarch_estimate_rows(const monarch_cuda_attend a) {
+    MONARCH_SHARED(shared);
+
+    const monarch_cuda_group group = monarch_group_get(a, blockIdx.y);
+
+    const int32_t n_pages = group.n_pages;
+    const int32_t row     = blockIdx.x;
+
+    if (group.mode != MONARCH_MODE_PAGED || row >= group.n_rows) {
+        return;
+    }
+
+    const float * mass = a.mass + monarch_row_index(a, group, row)*a.n_pages_max;
+
+    float hot_max;
+    float hot_sum;
+    monarch_parts_get(a, group, row, 0, a.n_hot, hot_max, hot_sum);
+
+    const float hot = hot_max + logf(hot_sum);
+
+    float max = hot;
+    for (int32_t i = threadIdx.x; i < n_pages; i += blockDim.x) {
+        max = fmaxf(max, mass[i]);
+    }
+    max = monarch_block_max(max, shared);
+
+    float sum = 0.0f;
+    for (int32_t i = threadIdx.x; i < n_pages; i += blockDim.x) {
+        sum += expf(mass[i] - max);
+    }
+    sum = monarch_block_sum(sum, shared);
+
+    if (threadIdx.x == 0) {
+        a.row_max    [monarch_row_index(a, group, row)] = max;
+        a.row_inverse[monarch_row_index(a, group, row)] = 1.0f/(expf(hot - max) + sum);
+    }
+}
+
+// per page: its greatest probability over the rows
+// grid: tiles of pages, groups
+MONARCH_KERNEL monarch_estimate_pages(const monarch_cuda_attend a) {
+    const monarch_cuda_group group = monarch_group_get(a, blockIdx.y);
+
+    const int32_t i = blockIdx.x*blockDim.x + threadIdx.x;
+
+    if (group.mode != MONARCH_MODE_PAGED || i >= group.n_pages) {
+        return;
+    }
+
+    float res = 0.0f;
+    for (int32_t row = 0; row < group.n_rows; ++row) {
+        const size_t i_row = monarch_row_index(a, group, row);
+
+        res = fmaxf(res, expf(a.mass[i_row*a.n_pages_max + i] - a.row_max[i_row])*a.row_inverse[i_row]);
+    }
+    a.probability[(size_t) group.i*a.n_pages_max + i] = res;
+}
+
+// Candidates' ranks as integers in the same order, one more than their bits; 0: no candidate
+MONARCH_DEVICE uint32_t monarch_select_key(const float * rank, int32_t i) {
+    return rank[i] < 0.0f ? 0 : monarch_float_to_bits(rank[i]) + 1;
+}
+
+// the key of the last page that is chosen, a byte at a time; of those that have it, the last n_equal are chosen
+MONARCH_DEVICE uint32_t monarch_select_threshold(const float * rank, int32_t n_pages, int32_t n_budget, int32_t * histogram, int32_t & n_equal) {
+    int32_t * digit = histogram + 256;
+    int32_t * left  = histogram + 257;
+
+    uint32_t prefix = 0;
+    int32_t  n_left = n_budget;
+
+    for (int32_t shift = 24; shift >= 0; shift -= 8) {
+        for (int32_t i = threadIdx.x; i < 256; i += blockDim.x) {
+            histogram[i] = 0;
+        }
+        __syncthreads();
+
+        for (int32_t i = threadIdx.x; i < n_pages; i += blockDim.x) {
+            const uint32_t key = monarch_select_key(rank, i);
+
+            if (key != 0 && ((uint64_t) (key ^ prefix) >> (shift + 8)) == 0) {
+                atomicAdd(&histogram[key >> shift & 255], 1);
+            }
+        }
+        __syncthreads();
+
+        if (threadIdx.x == 0) {
+            int32_t i = 255;
+            for (; i > 0 && histogram[i] < n_left; --i) {
+                n_left -= histogram[i];
+            }
+            *digit = i;
+            *left  = n_left;
+        }
+        __syncthreads();
+
+        prefix |= (uint32_t) *digit << shift;
+        n_left  = *left;
+    }
+
+    n_equal = n_left;
+
+    return prefix;
+}
+
+// grid: groups; shared: 258 + MONARCH_SELECT_THREADS integers
+MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
+    MONARCH_SHARED(shared);
+
+    const monarch_cuda_group group = monarch_group_get(a, blockIdx.x);
+
+    const int32_t mode    = group.mode;
+    const int32_t n_pages = group.n_pages;
+
+    if (mode != MONARCH_MODE_PAGED) {
+        if (threadIdx.x == 0) {
+            a.n_chosen[group.i] = mode == MONARCH_MODE_EXACT ? n_pages : 0;
+        }
+        return;
+    }
+
+    const monarch_policy        policy = monarch_policy_get(a);
+    const monarch_table_entry * table  = group.table;
+
+    monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
+
+    const float   * importance  = monarch_head_state_importance(head, a.n_pages_max);
+    const uint8_t * count       = monarch_head_state_count     (head, a.n_pages_max);
+    const float   * probability = a.probability + (size_t) group.i*a.n_pages_max;
+    float         * rank        = a.rank        + (size_t) group.i*a.n_pages_max;
+    int32_t       * chosen      = a.chosen      + (size_t) group.i*a.n_pages_max;
+
+    int32_t * histogram = (int32_t *) shared;
+    int32_t * sums      = histogram + 258;
+
+    // threads take runs of neighbours, so that sums over threads are in the order of the table
+    const int32_t n_run = (n_pages + blockDim.x - 1)/blockDim.x;
+    const int32_t i0    = threadIdx.x*n_run;
+    const int32_t i1    = i0 + n_run < n_pages ? i0 + n_run : n_pages;
+
+    int32_t n_candidates = 0;
+    for (int32_t i = i0; i < i1; ++i) {
+        const int32_t page = table[i].page;
+
+        float x;
+        const bool is_candidate = monarch_policy_get_rank(&policy, count[page], importance[page], probability[i], &x);
+
+        rank[i] = is_candidate ? x : -1.0f;
+        n_candidates += is_candidate;
+    }
+    monarch_block_scan(n_candidates, sums);
+
+    uint32_t threshold = 0; // all candidates are chosen
+    int32_t  n_equal   = 0;
+    if (sums[blockDim.x - 1] > policy.n_budget) {
+        threshold = monarch_select_threshold(rank, n_pages, policy.n_budget, histogram, n_equal);
+    }
+    __syncthreads();
+
+    int32_t n_own_greater = 0;
+    int32_t n_own_equal   = 0;
+    for (int32_t i = i0; i < i1; ++i) {
+        const uint32_t key = monarch_select_key(rank, i);
+
+        n_own_greater += key > threshold;
+        n_own_equal   += key == threshold && threshold != 0;
+    }
+
+    // of equals the later page wins: those that come before the last n_equal are left out
+    const int32_t i_equal  = monarch_block_scan(n_own_equal, sums) - n_own_equal;
+    const int32_t n_before = sums[blockDim.x - 1] - n_equal;
+    __syncthreads();
+
+    const int32_t n_left_out = n_before <= i_equal ? 0 : n_before - i_equal < n_own_equal ? n_before - i_equal : n_own_equal;
+    const int32_t n_own      = n_own_greater + n_own_equal - n_left_out;
+
+    int32_t ic = monarch_block_scan(n_own, sums) - n_own;
+
+    int32_t n_seen = 0;
+    for (int32_t i = i0; i < i1; ++i) {
+        const uint32_t key = monarch_select_key(rank, i);
+
+        const bool is_equal = key == threshold && threshold != 0;
+        if (key > threshold || (is_equal && n_seen >= n_left_out)) {
+            chosen[ic++] = i;
+        }
+        n_seen += is_equal;
+    }
+    if (threadIdx.x == 0) {
+        a.n_chosen[group.i] = sums[blockDim.x - 1];
+    }
+}
+
+//
+// sticky state
+//
+
+// the log of the last step that succeeded; grid: KV heads
+MONARCH_KERNEL monarch_apply_log(const monarch_cuda_attend a) {
+    const monarch_policy policy = monarch_policy_get(a);
+
+    monarch_head_state      * head = monarch_state_head(a.state, a.n_pages_max, blockIdx.x);
+    const monarch_log_entry * log  = monarch_head_state_log(head);
+
+    float   * importance = monarch_head_state_importance(head, a.n_pages_max);
+    uint8_t * count      = monarch_head_state_count     (head, a.n_pages_max);
+
+    const bool    is_committed = head->step == a.table[MONARCH_TABLE_COMMITTED];
+    const int32_t n_log        = is_committed ? head->n_log : 0;
+
+    // a page is logged once
+    for (int32_t i = threadIdx.x; i < n_log; i += blockDim.x) {
+        monarch_policy_apply_entry(&policy, &log[i], &count[log[i].page], &importance[log[i].page]);
+    }
+    __syncthreads();
+
+    if (threadIdx.x == 0) {
+        if (is_committed) {
+            head->n_promotions += head->log_promoted;
+            head->n_scored     += head->log_scored;
+        }
+        head->step         = a.table[MONARCH_TABLE_STEP];
+        head->n_log        = 0;
+        head->log_promoted = 0;
+        head->log_scored   = 0;
+    }
+}
+
+// the first place in an ascending list whose value is not less
+MONARCH_DEVICE int32_t monarch_lower_bound(const int32_t * list, int32_t n, int32_t value) {
+    int32_t lo = 0;
+    int32_t hi = n;
+    while (lo < hi) {
+        const int32_t mid = (lo + hi)/2;
+        if (list[mid] < value) {
+            lo = mid + 1;
+        } else {
+            hi = mid;
+        }
+    }
+    return lo;
+}
+
+// a page's entry in the log that another sequence made in this step; null: none
+MONARCH_DEVICE monarch_log_entry * monarch_log_find(monarch_log_entry * log, int32_t n_log, const int32_t * index, int32_t page) {
+    const int32_t i = index[page]; // of a page that was never logged it is anything
+
+    return i >= 0 && i < n_log && log[i].page == page ? &log[i] : nullptr;
+}
+
+// what one sequence's present query promoted; by a whole block of threads
+MONARCH_DEVICE void monarch_write_group_log(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t * sums) {
+    monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
+
+    const monarch_policy  policy   = monarch_policy_get(a);
+    const int32_t         n_pages  = group.n_pages;
+    const int32_t         n_chosen = a.n_chosen[group.i];
+    const int32_t         n_before = head->n_log;
+
+    const uint8_t     * count       = monarch_head_state_count    (head, a.n_pages_max);
+    int32_t           * index       = monarch_head_state_log_index(head, a.n_pages_max);
+    monarch_log_entry * log         = monarch_head_state_log(head);
+    const float       * probability = a.probability + (size_t) group.i*a.n_pages_max;
+    const int32_t     * chosen      = a.chosen      + (size_t) group.i*a.n_pages_max;
+    float             * measured    = a.rank        + (size_t) group.i*a.n_pages_max; // the choice is made by now
+
+    for (int32_t ic = threadIdx.x; ic < n_chosen; ic += blockDim.x) {
+        float res = 0.0f;
+        for (int32_t row = 0; row < group.n_rows; ++row) {
+            const size_t i_row = monarch_row_index(a, group, row);
+
+            res = fmaxf(res, expf(a.mass[i_row*a.n_pages_max + ic] - a.row_lse[i_row]));
+        }
+        measured[ic] = res;
+    }
+    __syncthreads();
+
+    const int32_t n_run = (n_pages + blockDim.x - 1)/blockDim.x;
+    const int32_t i0    = (int32_t) threadIdx.x*n_run < n_pages ? (int32_t) threadIdx.x*n_run : n_pages;
+    const int32_t i1    = i0 + n_run < n_pages ? i0 + n_run : n_pages;
+    const int32_t ic0   = monarch_lower_bound(chosen, n_chosen, i0);
+
+    int32_t n_log = n_before; // and the new entries of the threads before this one
+    for (int32_t pass = 0; pass < 2; ++pass) {
+        int32_t n_new = 0;
+        int32_t ic    = ic0;
+
+        for (int32_t i = i0; i < i1; ++i) {
+            const int32_t page      = group.table[i].page;
+            const bool    is_sticky = monarch_policy_is_sticky(&policy, count[page]);
+            const bool    is_chosen = ic < n_chosen && chosen[ic] == i;
+
+            if (!is_sticky && !is_chosen) {
+                continue;
+            }
+
+            monarch_log_entry * entry = monarch_log_find(log, n_before, index, page);
+
+            if (!entry && pass == 1) {
+                index[page] = n_log + n_new;
+                entry       = &log[index[page]];
+                *entry      = { page, 0, INT16_MAX, 0.0f, 0.0f };
+                n_new++;
+            } else {
+                n_new += !entry;
+            }
+            if (pass == 1) {
+                entry->flags    |= (is_chosen ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
+                entry->estimated = fmaxf(entry->estimated, probability[i]);
+                if (is_chosen) {
+                    entry->seq      = entry->seq < group.seq ? entry->seq : (int16_t) group.seq;
+                    entry->measured = fmaxf(entry->measured, measured[ic]);
+                }
+            }
+            ic += is_chosen;
+        }
+        if (pass == 0) {
+            n_log += monarch_block_scan(n_new, sums) - n_new;
+        }
+    }
+    __syncthreads();
+
+    if (threadIdx.x == 0) {
+        head->n_log = n_before + sums[blockDim.x - 1];
+    }
+    __syncthreads();
+}
+
+// one sequence after the other: they may share pages; grid: KV heads; shared: MONARCH_SELECT_THREADS integers
+MONARCH_KERNEL monarch_write_log(const monarch_cuda_attend a) {
+    MONARCH_SHARED(shared);
+
+    for (int32_t i = 0; i < a.n_blocks; ++i) {
+        const monarch_cuda_group group = monarch_group_get(a, i*a.n_head_kv + blockIdx.x);
+
+        if (group.n_rows == 0 || !group.is_last) {
+            continue;
+        }
+        if (threadIdx.x == 0) {
+            monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
+
+            head->log_promoted += a.n_chosen[group.i];
+            head->log_scored   += group.mode == MONARCH_MODE_PAGED ? group.n_pages : 0;
+        }
+        if (group.mode == MONARCH_MODE_PAGED) {
+            monarch_write_group_log(a, group, (int32_t *) shared);
+        }
+    }
+}
