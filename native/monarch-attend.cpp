@@ -20,15 +20,15 @@
 static const monarch_kernel * const monarch_kernels[] = { &monarch_kernel_avx512, &monarch_kernel_avx2, &monarch_kernel_neon, &monarch_kernel_plain };
 
 // tests compare kernels: MONARCH_KERNEL names the only one that may serve besides the plain path
-static bool monarch_kernel_is_allowed(const monarch_kernel * kernel) {
+static bool monarch_kernel_is_allowed(const monarch_attend * attend, const monarch_kernel * kernel) {
     static const char * name = getenv("MONARCH_KERNEL");
 
-    return !name || kernel == &monarch_kernel_plain || strcmp(name, kernel->name) == 0;
+    return kernel == &monarch_kernel_plain || (!attend->use_ref && (!name || strcmp(name, kernel->name) == 0));
 }
 
 static const monarch_kernel * monarch_kernel_find_hot(const monarch_attend * attend) {
     for (const monarch_kernel * kernel : monarch_kernels) {
-        if (monarch_kernel_is_allowed(kernel) && kernel->supports_hot(&attend->op, attend->k->type, attend->v->type)) {
+        if (monarch_kernel_is_allowed(attend, kernel) && kernel->supports_hot(&attend->op, attend->k->type, attend->v->type)) {
             return kernel;
         }
     }
@@ -38,7 +38,7 @@ static const monarch_kernel * monarch_kernel_find_hot(const monarch_attend * att
 // of scores and pages
 static const monarch_kernel * monarch_kernel_find_cold(const monarch_attend * attend) {
     for (const monarch_kernel * kernel : monarch_kernels) {
-        if (monarch_kernel_is_allowed(kernel) && kernel->supports_cold(&attend->op)) {
+        if (monarch_kernel_is_allowed(attend, kernel) && kernel->supports_cold(&attend->op)) {
             return kernel;
         }
     }

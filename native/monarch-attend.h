@@ -26,6 +26,7 @@ struct monarch_attend {
     int64_t                            n_gqa;   // query heads per KV head
     int64_t                            n_block; // queries that share one choice of pages
     std::atomic_flag                 * locks;   // [n_head_kv] of the logs
+    bool                               use_ref; // the plain path alone
 
     int32_t                            seq;
     int64_t                            i_token;

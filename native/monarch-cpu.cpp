@@ -183,7 +183,8 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
     monarch_attend_count * counts = (monarch_attend_count *) params->wdata;
     monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
 
-    attend.locks = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
+    attend.use_ref = params->use_ref;
+    attend.locks   = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
 
     char * scratch = (char *) params->wdata + monarch_attend_counts_size(dst, params->nth);
 

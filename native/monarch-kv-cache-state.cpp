@@ -169,8 +169,31 @@ static void monarch_state_put(llama_io_write_i & io, const void * data, size_t s
     }
 }
 
-void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
+// what stays on the device: this cache's is the host, so its tensors go where the rest goes
+class monarch_io_write_host : public llama_io_write_i {
+public:
+    explicit monarch_io_write_host(llama_io_write_i & io) : io(io) {}
+
+    void write(const void * src, size_t size) override {
+        io.write(src, size);
+    }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        io.write((const char *) tensor->data + offset, size);
+    }
+
+    size_t n_bytes() override {
+        return io.n_bytes();
+    }
+
+private:
+    llama_io_write_i & io;
+};
+
+void monarch_kv_cache::state_write(llama_io_write_i & io_all, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    monarch_io_write_host io_host(io_all);
+
+    llama_io_write_i & io = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE ? io_host : io_all;
 
     const monarch_paged_state state = paged_describe(seq_id);
 
@@ -529,7 +552,7 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_
 
 void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     monarch_state_check(seq_id < (llama_seq_id) n_seqs(), "this context has no such sequence: raise n_seq_max");
-    monarch_state_check(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE), "states on a device are not supported");
+    GGML_UNUSED(flags);
 
     const uint32_t first = monarch_state_get<uint32_t>(io);
 
