@@ -17,7 +17,9 @@ MODEL = TESTS.parent / "models" / "monarch-small.gguf"
 
 # their contexts have 64 tokens, of which their prompts of a few words would leave the pages empty
 LONGER = '    prompt = "The quick brown fox"\n', '    prompt = "The quick brown fox " * 5\n'
-PAGED = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_SINK_TOKENS": "4", "MONARCH_HOT_WINDOW": "16", "MONARCH_PAGE_SIZE": "8"}
+PAGED = EXACT_CODEC | {
+    "MONARCH_MODE": "exact", "MONARCH_SINK_TOKENS": "4", "MONARCH_HOT_WINDOW": "16", "MONARCH_PAGE_SIZE": "8",
+}  # fmt: skip
 DOWNLOADS = 14  # Qwen's words (3), recurrent (5) and hybrid models (5), embeddings (1)
 
 
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("env", [{}, PAGED], ids=["off", "paged"])
 def test_their_tests_pass(patched_bin: Path, folder: Path, env: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "bindings_plugin", "-p", "no:cacheprovider", "-rA", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", "-rA", "-c", "/dev/null", "-p", "bindings_plugin"]
     command += sorted(str(file) for file in folder.glob("test_*.py"))
     extra = env | {"PYTHONPATH": str(TESTS), "BINDINGS_MODEL": str(MODEL)}
     result = subprocess.run(

@@ -468,14 +468,15 @@ class Terminal:
         text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return text
 
-    def status(self, again: str = "") -> int:
-        """Of the child, which has to end by itself. Python's input() sleeps on if a signal comes just after its prompt:
-        again is what is typed once more then."""
-        while True:
-            if again and not select.select([self._fd], [], [], 5)[0]:
-                self.type(again)
-            elif not self._read():
-                break
+    def interrupt(self) -> None:
+        """As late as a hand would: Python's input() sleeps on if a signal comes microseconds after its prompt."""
+        time.sleep(REACTION)
+        self.type(INTERRUPT)
+
+    def status(self) -> int:
+        """Of the child, which has to end by itself."""
+        while select.select([self._fd], [], [], PATIENCE)[0] and self._read():
+            pass
         os.close(self._fd)
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
@@ -488,6 +489,7 @@ class Terminal:
 
 INTERRUPT = "\x03"
 PROMPT = ">>> "
+REACTION = 0.5  # seconds
 
 
 def terminal(runner: Runner, model: str, *args: object) -> Terminal:
@@ -525,22 +527,23 @@ def test_interrupt_stops_an_answer_and_twice_leaves(fake):
     child.type(INTERRUPT)
     child.wait_for(r"\[prompt \d+ at .*answer \d+ at ")
     child.wait_for(PROMPT)
-    child.type(INTERRUPT)
-    assert child.status(again=INTERRUPT) == 130
+    child.interrupt()
+    assert child.status() == 130
 
 
 def test_interrupt_twice_at_the_prompt_leaves_and_once_does_not(fake):
     child = terminal(fake, "recall.gguf")
-    child.type("half a line" + INTERRUPT)
+    child.type("half a line")
+    child.interrupt()
     child.wait_for("Ctrl-C again or /exit leaves")
     child.wait_for(PROMPT)
     child.type("/system\n")
     child.wait_for("system message: none")
     child.wait_for(PROMPT)
-    child.type(INTERRUPT)
+    child.interrupt()
     child.wait_for("Ctrl-C again or /exit leaves")
     child.wait_for(PROMPT)
-    child.type(INTERRUPT)
+    child.interrupt()
     assert child.status() == 130
 
 

@@ -1,4 +1,4 @@
-"""Upstream's own tests on the patched library: its operators and the new one, states, threads; paging on where it matters."""
+"""Upstream's own tests on the patched library: operators, states, threads; with paging on where it matters."""
 
 import re
 import subprocess
@@ -23,7 +23,8 @@ def add_cases(source: str) -> str:
     head = "static std::vector<std::unique_ptr<test_case>> make_test_cases_eval() {\n"
     body = "    std::vector<std::unique_ptr<test_case>> test_cases;\n"
     assert source.count(head + body) == 1
-    return source.replace(head + body, f'#include "backend_ops_cases.h"\n\n{head}{body}    add_monarch_cases(test_cases);\n')
+    more = f'#include "backend_ops_cases.h"\n\n{head}{body}    add_monarch_cases(test_cases);\n'
+    return source.replace(head + body, more)
 
 
 @pytest.fixture(scope="module")
@@ -94,5 +95,6 @@ def test_a_state_goes_where_there_are_holes(
 
 
 def test_contexts_in_many_threads(program: Callable[[str], Path], patched_bin: Path) -> None:
-    args = ["-m", str(TESTS.parent / "models" / "monarch-small.gguf"), "-ngl", "0", "-p", "The meaning of life is", "-n", "128", "-c", "256", "-ub", "32"]
-    run(program("test-thread-safety"), [*args, "-np", "4", "-t", "2"], patched_bin, PAGED)
+    model = TESTS.parent / "models" / "monarch-small.gguf"
+    args = ["-m", str(model), "-p", "The meaning of life is", "-n", "128", "-c", "256", "-ub", "32"]
+    run(program("test-thread-safety"), [*args, "-ngl", "0", "-np", "4", "-t", "2"], patched_bin, PAGED)
