@@ -1,5 +1,6 @@
 """Fixtures for every test: the folders of the two builds."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import pytest
 
 from monarch_llamacpp import builder_recipe, library
 from monarch_llamacpp.errors import MonarchError
+
+
+def pytest_configure() -> None:
+    """A job in a script's background starts with SIGINT ignored, and its children with it; some are sent one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _built(find: Callable[[], Path]) -> Path:
