@@ -295,12 +295,10 @@ bool monarch_kv_cache::fits(const std::vector<llama_ubatch> & ubatches) {
     return res;
 }
 
-// cannot fail: there was room for all of it
 void monarch_kv_cache::go_back(places & saved) {
     std::swap(v_cells[0], saved.cells);
-
-    pool   = saved.pool;
-    tables = saved.tables;
+    std::swap(pool,       saved.pool);
+    std::swap(tables,     saved.tables);
 
     pending.clear();
 }
@@ -570,16 +568,32 @@ void monarch_kv_cache::run_jobs(size_t n, const std::function<void(size_t)> & f)
     }
 }
 
-void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> & place) {
+void monarch_kv_cache::attempt(const std::function<void()> & action) {
     places saved = { v_cells[0], pool, tables };
 
     try {
-        apply_logs();
-        seq_rm(seq_id, -1, -1);
-        place();
+        action();
     } catch (...) {
         go_back(saved);
+        update_pages(saved.pool);
         throw;
+    }
+}
+
+void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> & place) {
+    apply_logs();
+    attempt([&]() {
+        remove_each(seq_id, 0, std::numeric_limits<llama_pos>::max());
+        place();
+    });
+}
+
+// summaries of pages that had other tokens
+void monarch_kv_cache::update_pages(const monarch_page_pool & before) {
+    for (uint32_t phys = 0; phys < n_pages_max; ++phys) {
+        if (!pool.is_free(phys) && pool.get_mask(phys) != before.get_mask(phys)) {
+            update_page(phys);
+        }
     }
 }
 
@@ -605,17 +619,26 @@ bool monarch_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     monarch_range_normalize(p0, p1);
 
     try {
-        for (uint32_t s = 0; s < n_seqs(); ++s) {
-            if (seq_id < 0 || (uint32_t) seq_id == s) {
-                remove(s, p0, p1);
-            }
+        if (seq_id < 0) {
+            attempt([&]() { remove_each(seq_id, p0, p1); });
+        } else {
+            remove_each(seq_id, p0, p1);
         }
     } catch (const std::bad_alloc &) {
-        LLAMA_LOG_ERROR("%s: out of memory: not all was removed\n", __func__);
+        LLAMA_LOG_ERROR("%s: out of memory: nothing removed\n", __func__);
         return false;
     }
 
     return true;
+}
+
+// of one sequence, or of all
+void monarch_kv_cache::remove_each(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    for (uint32_t s = 0; s < n_seqs(); ++s) {
+        if (seq_id < 0 || (uint32_t) seq_id == s) {
+            remove(s, p0, p1);
+        }
+    }
 }
 
 void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -663,12 +686,18 @@ void monarch_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
 
     monarch_range_normalize(p0, p1);
 
-    remove(seq_id_dst, p0, p1);
-    pending.clear();
+    try {
+        attempt([&]() {
+            remove(seq_id_dst, p0, p1);
+            pending.clear();
 
-    llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
+            llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, p0, p1);
 
-    tables[seq_id_dst].share(pool, tables[seq_id_src], p0, p1);
+            tables[seq_id_dst].share(pool, tables[seq_id_src], p0, p1);
+        });
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_ERROR("%s: out of memory: nothing copied\n", __func__);
+    }
 }
 
 void monarch_kv_cache::seq_keep(llama_seq_id seq_id) {

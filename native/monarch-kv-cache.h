@@ -138,14 +138,19 @@ private:
     void     schedule_page_outs();
     void     schedule_page_outs(llama_seq_id seq_id);
     void     commit_page_outs();
-    void     remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-    void     update_page(int32_t phys);
+    void     remove     (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void     remove_each(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void     update_page (int32_t phys);
+    void     update_pages(const monarch_page_pool & before);
     void     apply_logs();
 
     // f(0), ..., f(n - 1) by the threads that a prompt would have
     void     run_jobs(size_t n, const std::function<void(size_t)> & f) const;
 
-    // a sequence, or all of them, is given up for what `place` puts there; if that throws, all is as it was
+    // if the action throws, all is as it was
+    void     attempt(const std::function<void()> & action);
+
+    // a sequence, or all of them, is given up for what `place` puts there
     void     replace(llama_seq_id seq_id, const std::function<void()> & place);
     bool     is_sticky(uint8_t count) const;
 

@@ -23,31 +23,38 @@ TOKENS = random_tokens(500)
 STEPS = [200, 1, 1, 33, 150, 1, 16, 1]  # 200 and 150 take several ubatches; pages leave in many of them
 
 
-def new_context(model: str) -> child_logits.Context:
+def new_context(model: str, n_seq_max: int = 1) -> child_logits.Context:
     case = {"model": model, "n_ctx": N_CTX, "n_ubatch": N_UBATCH, "env": dict(os.environ)}
-    return child_logits.Context(case)
+    return child_logits.Context(case | {"n_seq_max": n_seq_max, "kv_unified": True})
 
 
-def every_fault(action: Callable[[], bool], check: Callable[[bool], None]) -> int:
+def every_fault(
+    action: Callable[[], object], check: Callable[[bool], None], is_done: Callable[[object], bool] = bool
+) -> int:
     """Runs the action with its 1st, 2nd, ... allocation failing until none is left to fail; returns how many failed."""
     n = 0
     while True:
         n += 1
         print(f"allocation {n}", file=sys.stderr)
         FAULTS.fault_arm(ctypes.c_int64(n))
-        ok = action()
+        result = action()
         fired = FAULTS.fault_disarm()
+        ok = is_done(result)
         if not fired:
             assert ok, "failed although nothing was made to fail"
             return n - 1
         check(ok)
 
 
-def state_of(ctx: child_logits.Context) -> bytes:
-    size = llama_cpp.llama_state_seq_get_size(ctx.ctx, 0)
+def state_of(ctx: child_logits.Context, seq_id: int = 0) -> bytes:
+    size = llama_cpp.llama_state_seq_get_size(ctx.ctx, seq_id)
     data = (ctypes.c_uint8 * size)()
-    assert llama_cpp.llama_state_seq_get_data(ctx.ctx, data, size, 0) == size
+    assert llama_cpp.llama_state_seq_get_data(ctx.ctx, data, size, seq_id) == size
     return bytes(data)
+
+
+def states_of(ctx: child_logits.Context) -> list[bytes]:
+    return [state_of(ctx, seq_id) for seq_id in range(llama_cpp.llama_n_seq_max(ctx.ctx))]
 
 
 def end_of(ctx: child_logits.Context) -> int:
@@ -129,8 +136,8 @@ def fail_decode(model: str) -> dict:
     return {"n": n_faults, "refused": refused}
 
 
-def live_context(model: str) -> child_logits.Context:
-    ctx = new_context(model)
+def live_context(model: str, n_seq_max: int = 1) -> child_logits.Context:
+    ctx = new_context(model, n_seq_max)
     assert ctx.decode(TOKENS[:200], 0)[0] == 0
     for i in range(200, 220):
         assert ctx.decode(TOKENS[i : i + 1], i)[0] == 0
@@ -181,22 +188,55 @@ def fail_restore(model: str, state: str) -> dict:
     return {"n": n, "refused": refused}
 
 
-def fail_remove(model: str) -> dict:
-    ctx = live_context(model)
-    before = state_of(ctx)
+def shared_context(model: str) -> child_logits.Context:
+    """Three sequences that hold different tokens of the same pages."""
+    ctx = live_context(model, n_seq_max=3)
+    llama_cpp.llama_memory_seq_cp(ctx.memory, 0, 1, 5, 150)
+    llama_cpp.llama_memory_seq_cp(ctx.memory, 0, 2, -1, -1)
+    llama_cpp.llama_memory_seq_rm(ctx.memory, 2, 27, 99)
+    return ctx
+
+
+def compare_next(rough: child_logits.Context, calm: child_logits.Context) -> None:
+    """Summaries are in no state: what comes next tells of them."""
+    (status, logits), expected = (ctx.decode(TOKENS[:1], end_of(ctx)) for ctx in (rough, calm))
+    assert status == 0 and np.array_equal(logits, expected[1])
+    for ctx in (rough, calm):
+        assert llama_cpp.llama_memory_seq_rm(ctx.memory, 0, end_of(ctx) - 1, -1)
+    assert states_of(rough) == states_of(calm)
+
+
+def fail_change(model: str, change: Callable[[child_logits.Context], object]) -> int:
+    """Of a void function only the sequences say whether it failed."""
+    calm, rough = shared_context(model), shared_context(model)
 
     def check(ok: bool) -> None:
-        assert not ok and state_of(ctx) == before
+        assert not ok
+        compare_next(rough, calm)
 
-    n = every_fault(lambda: llama_cpp.llama_memory_seq_rm(ctx.memory, 0, 100, 123), check)
-    assert state_of(ctx) != before
-    return {"n": n}
+    n = every_fault(lambda: change(rough), check, lambda _: states_of(rough) != states_of(calm))
+    change(calm)
+    compare_next(rough, calm)
+    return n
+
+
+def fail_remove(model: str) -> dict:
+    ranges = {"middle": (0, 40, 123), "tail": (0, 66, -1), "middle of all": (-1, 50, 127), "tail of all": (-1, 66, -1)}
+    return {
+        name: fail_change(model, lambda ctx, where=where: llama_cpp.llama_memory_seq_rm(ctx.memory, *where))
+        for name, where in ranges.items()
+    }
+
+
+def fail_copy(model: str) -> dict:
+    return {"all": fail_change(model, lambda ctx: llama_cpp.llama_memory_seq_cp(ctx.memory, 2, 1, -1, -1))}
 
 
 def main() -> None:
     what, *args = sys.argv[1:]
     actions = {
         "create": fail_create, "decode": fail_decode, "save": fail_save, "restore": fail_restore, "remove": fail_remove,
+        "copy": fail_copy,
     }  # fmt: skip
     print(json.dumps(actions[what](*args)))
 

@@ -13,6 +13,7 @@ from models import write_random_model
 PAGED = {
     "MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "64", "MONARCH_DENSE_LAYERS": "0",
 }  # fmt: skip
+SUMMED = PAGED | {"MONARCH_STICKY_THRESHOLD": "0"}  # only summaries choose pages
 PREFIX = "fault_alloc"
 
 
@@ -67,7 +68,11 @@ def test_restore_without_memory_changes_nothing(
 
 
 def test_remove_without_memory_changes_nothing(patched_bin: Path, preload: Path, model: Path) -> None:
-    assert run_faults(patched_bin, preload, "remove", model)["n"] > 0
+    assert all(n > 0 for n in run_faults(patched_bin, preload, "remove", model, env=SUMMED).values())
+
+
+def test_copy_without_memory_changes_nothing(patched_bin: Path, preload: Path, model: Path) -> None:
+    assert all(n > 0 for n in run_faults(patched_bin, preload, "copy", model, env=SUMMED).values())
 
 
 #
