@@ -840,6 +840,8 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     const int32_t head_dim = attend->op.codec.head_dim;
     const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
+    const int64_t group_size = monarch_summary_offset(head_dim, attend->n_pages_max, 0, MONARCH_SUMMARY_GROUP);
+
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
         log_table[i] = logf((float) i);
@@ -868,8 +870,10 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (avx512.used[g]) {
-                monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
-                        avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
+                const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
+
+                monarch_cold_prefetch(group + group_size, group_size);
+                monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, group, avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }
 

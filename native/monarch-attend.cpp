@@ -159,6 +159,23 @@ static void monarch_rows_write(const monarch_attend * attend, int64_t head_kv, m
 // the choice of pages
 //
 
+// in lanes, so that compilers make vectors of them
+static float monarch_find_max(int32_t n, const float * x) {
+    float lanes[16];
+    std::fill(lanes, lanes + 16, -INFINITY);
+
+    int32_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int32_t j = 0; j < 16; ++j) {
+            lanes[j] = lanes[j] > x[i + j] ? lanes[j] : x[i + j];
+        }
+    }
+    for (; i < n; ++i) {
+        lanes[0] = std::max(lanes[0], x[i]);
+    }
+    return *std::max_element(lanes, lanes + 16);
+}
+
 // the greatest probability of each page over the rows: estimated page mass / (hot mass + sum of estimated page masses)
 static void monarch_attend_estimate(const monarch_attend * attend, monarch_work * work) {
     const int32_t n_pages = attend->n_pages;
@@ -172,14 +189,14 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
 
         const float hot = row->max + logf(row->sum);
 
-        float max;
-        ggml_vec_max_f32(n_pages, &max, mass);
-        max = std::max(max, hot);
+        const float max = std::max(monarch_find_max(n_pages, mass), hot);
 
         const float inverse = 1.0f/(expf(hot - max) + (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max));
 
         for (int32_t i = 0; i < n_pages; ++i) {
-            work->probability[i] = std::max(work->probability[i], mass[i]*inverse);
+            const float probability = mass[i]*inverse;
+
+            work->probability[i] = work->probability[i] > probability ? work->probability[i] : probability;
         }
     }
 }

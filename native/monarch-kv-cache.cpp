@@ -104,8 +104,17 @@ static uint32_t monarch_n_slots_seq(const monarch_knobs & knobs) {
     return knobs.sink_tokens + knobs.hot_window + knobs.page_size;
 }
 
+static bool monarch_is_unified(const llama_cparams & cparams) {
+    return cparams.kv_unified || cparams.n_seq_max == 1;
+}
+
+// most tokens of a step: where sequences are split apart, llama_batch_allocr::split_equal takes one more of them
+static uint32_t monarch_n_ubatch(const llama_cparams & cparams) {
+    return cparams.n_ubatch + !monarch_is_unified(cparams);
+}
+
 static uint32_t monarch_n_slots(const monarch_knobs & knobs, const llama_cparams & cparams) {
-    const uint64_t n_slots = (uint64_t) cparams.n_seq_max*monarch_n_slots_seq(knobs) + cparams.n_ubatch;
+    const uint64_t n_slots = (uint64_t) cparams.n_seq_max*monarch_n_slots_seq(knobs) + monarch_n_ubatch(cparams);
 
     return std::min<uint64_t>(n_slots, cparams.n_ctx);
 }
@@ -144,8 +153,8 @@ monarch_kv_cache::monarch_kv_cache(
     llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, /*offload =*/ false, /*unified =*/ true,
             monarch_n_slots(knobs, cparams), cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
     knobs(knobs),
-    n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(cparams.kv_unified || cparams.n_seq_max == 1),
-    n_ubatch(cparams.n_ubatch), n_threads(cparams.n_threads_batch),
+    n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(monarch_is_unified(cparams)),
+    n_ubatch(monarch_n_ubatch(cparams)), n_threads(cparams.n_threads_batch),
     n_head_kv(model.hparams.n_head_kv(0)), head_dim(model.hparams.n_embd_head_k(0)),
     n_pages_max(monarch_n_pages_max(cparams.n_ctx, knobs.page_size)),
     fingerprint(monarch_model_fingerprint(model)),

@@ -1,7 +1,7 @@
 #include "monarch-policy.h"
 
 #include <algorithm>
-#include <limits>
+#include <cstring>
 
 void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state * head, int64_t n_pages_max, int32_t committed) {
     const monarch_log_entry * log = monarch_head_state_log(head);
@@ -25,6 +25,44 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
     head->log_scored   = 0;
 }
 
+// non-negative floats are ordered as their bits are: exponent and three bits of the mantissa
+#define MONARCH_RANK_BINS 2048
+
+static int32_t monarch_rank_get_bin(float rank) {
+    uint32_t bits;
+    memcpy(&bits, &rank, sizeof(bits));
+    return bits >> 20;
+}
+
+// the last of the n best: of equals the later page is better; bins leave few to be sorted. A rank below 0 is none.
+static int32_t monarch_rank_find_last(int32_t n_pages, const float * rank, int32_t n, int32_t * scratch) {
+    int32_t counts[MONARCH_RANK_BINS] = { 0 };
+
+    for (int32_t i = 0; i < n_pages; ++i) {
+        if (rank[i] >= 0.0f) {
+            counts[monarch_rank_get_bin(rank[i])]++;
+        }
+    }
+
+    int32_t bin = MONARCH_RANK_BINS - 1;
+    while (counts[bin] < n) {
+        n -= counts[bin--];
+    }
+
+    int32_t n_scratch = 0;
+    for (int32_t i = 0; i < n_pages; ++i) {
+        if (rank[i] >= 0.0f && monarch_rank_get_bin(rank[i]) == bin) {
+            scratch[n_scratch++] = i;
+        }
+    }
+
+    std::nth_element(scratch, scratch + n - 1, scratch + n_scratch, [rank](int32_t a, int32_t b) {
+        return rank[a] != rank[b] ? rank[a] > rank[b] : a > b;
+    });
+
+    return scratch[n - 1];
+}
+
 int32_t monarch_policy_select(
         const monarch_policy      * policy,
         monarch_head_state        * head,
@@ -37,25 +75,31 @@ int32_t monarch_policy_select(
     const float   * importance = monarch_head_state_importance(head, n_pages_max);
     const uint8_t * count      = monarch_head_state_count     (head, n_pages_max);
 
-    int32_t n_chosen = 0;
+    int32_t n_ranked = 0;
 
     for (int32_t i = 0; i < n_pages; ++i) {
         const int32_t page = table[i].page;
 
-        if (monarch_policy_get_rank(policy, count[page], importance[page], probability[i], &rank[i])) {
-            chosen[n_chosen++] = i;
-        }
+        const bool is_ranked = monarch_policy_get_rank(policy, count[page], importance[page], probability[i], &rank[i]);
+
+        rank[i]   = is_ranked ? std::max(0.0f, rank[i]) : -1.0f;
+        n_ranked += is_ranked;
     }
 
-    if (n_chosen > policy->n_budget) {
-        // of equals the later page wins
-        std::nth_element(chosen, chosen + policy->n_budget, chosen + n_chosen, [rank](int32_t a, int32_t b) {
-            return rank[a] != rank[b] ? rank[a] > rank[b] : a > b;
-        });
+    if (policy->n_budget == 0) {
+        return 0;
+    }
 
-        n_chosen = policy->n_budget;
+    const bool    is_short = n_ranked > policy->n_budget;
+    const int32_t last     = is_short ? monarch_rank_find_last(n_pages, rank, policy->n_budget, chosen) : 0;
+    const float   least    = is_short ? rank[last] : 0.0f;
 
-        std::sort(chosen, chosen + n_chosen);
+    int32_t n_chosen = 0;
+
+    for (int32_t i = 0; i < n_pages; ++i) {
+        if (rank[i] > least || (rank[i] == least && i >= last)) {
+            chosen[n_chosen++] = i;
+        }
     }
 
     return n_chosen;

@@ -21,11 +21,10 @@ struct monarch_table_entry {
 
 // tokens of a page that are valid
 MONARCH_HD static inline int32_t monarch_mask_count(uint32_t mask) {
-    int32_t res = 0;
-    for (; mask; mask &= mask - 1) {
-        res++;
-    }
-    return res;
+    mask -= mask >> 1 & 0x55555555;
+    mask  = (mask & 0x33333333) + (mask >> 2 & 0x33333333);
+    mask  = (mask + (mask >> 4)) & 0x0f0f0f0f;
+    return (mask*0x01010101) >> 24;
 }
 
 //

@@ -61,11 +61,16 @@ def end_of(ctx: child_logits.Context) -> int:
     return llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0) + 1
 
 
-def fail_create(model: str) -> dict:
-    ctx = new_context(model)
+def context_params() -> llama_cpp.llama_context_params:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = N_CTX
     params.n_ubatch = N_UBATCH
+    return params
+
+
+def fail_create(model: str) -> dict:
+    ctx = new_context(model)
+    params = context_params()
     refused = 0
 
     def create() -> bool:
@@ -85,6 +90,21 @@ def fail_create(model: str) -> dict:
 
     n = every_fault(create, check)
     return {"n": n, "refused": refused, "left": FAULTS.fault_live() - live}
+
+
+def free_in_any_order(model: str) -> dict:
+    """Bytes left after each round: two contexts of one model are made, used and freed, the first one first or last."""
+    ctx, params = new_context(model), context_params()
+    tokens = (ctypes.c_int32 * len(TOKENS))(*TOKENS)
+    left = []
+    for order in [(0, 1), (0, 1), (1, 0), (0, 1)]:
+        both = [llama_cpp.llama_init_from_model(ctx.model, params) for _ in range(2)]
+        for each in both:
+            assert llama_cpp.llama_decode(each, llama_cpp.llama_batch_get_one(tokens, len(TOKENS))) == 0
+        for i in order:
+            llama_cpp.llama_free(both[i])
+        left.append(FAULTS.fault_live())
+    return {"left": [after - left[0] for after in left[1:]]}
 
 
 def refuse_once(model: ctypes.c_void_p) -> None:
@@ -236,7 +256,7 @@ def main() -> None:
     what, *args = sys.argv[1:]
     actions = {
         "create": fail_create, "decode": fail_decode, "save": fail_save, "restore": fail_restore, "remove": fail_remove,
-        "copy": fail_copy,
+        "copy": fail_copy, "free": free_in_any_order,
     }  # fmt: skip
     print(json.dumps(actions[what](*args)))
 

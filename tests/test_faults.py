@@ -44,6 +44,10 @@ def test_create_without_memory_is_refused(patched_bin: Path, stock_bin: Path, pr
     assert paged["left"] <= stock["left"]
 
 
+def test_contexts_are_freed_in_any_order(patched_bin: Path, preload: Path, model: Path) -> None:
+    assert run_faults(patched_bin, preload, "free", model) == {"left": [0, 0, 0]}
+
+
 def test_decode_without_memory_changes_nothing(patched_bin: Path, preload: Path, model: Path) -> None:
     """After 5000 failed attempts the logits are those of a context where none failed."""
     got = run_faults(patched_bin, preload, "decode", model)

@@ -66,10 +66,10 @@ def arms(stock_bin: Path, patched_bin: Path, tmp_path_factory: pytest.TempPathFa
         server.close()
 
 
-def check_agreement(arms: dict[str, Server], ops: list[Op], kv_unified: bool = True, env: dict | None = None) -> dict:
+def check_agreement(arms: dict[str, Server], ops: list[Op], kv_unified: bool = True, case: dict = CASE) -> dict:
     """Upstream shares between sequences only in one stream, so that is what it always runs with."""
-    want = arms["stock"].run(CASE | {"ops": ops, "kv_unified": True})
-    got = arms["paged"].run(CASE | {"ops": ops, "kv_unified": kv_unified, "env": env or ENV, "seed": len(ops)})
+    want = arms["stock"].run(case | {"ops": ops, "kv_unified": True})
+    got = arms["paged"].run(case | {"ops": ops, "kv_unified": kv_unified, "env": ENV, "seed": len(ops)})
     for i, (a, b) in enumerate(zip(got["steps"], want["steps"], strict=True)):
         assert a["status"] == b["status"], (i, ops[i])
         assert (a["min"], a["max"]) == (b["min"], b["max"]), (i, ops[i])
@@ -254,6 +254,17 @@ def test_a_whole_state_keeps_what_is_shared(arms: dict[str, Server]) -> None:
     ]
     stats = check_agreement(arms, ops)["stats"]
     assert stats["n_tokens"] < 110 + N_SEQS * 40
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+@pytest.mark.parametrize("n_ubatch", [7, 32, 512])
+def test_64_sequences_of_different_lengths(arms: dict[str, Server], kv_unified: bool, n_ubatch: int) -> None:
+    """Then a token of each in a batch; more and fewer sequences than a step takes tokens."""
+    case = CASE | {"n_ctx": 64 * 256, "n_seq_max": 64, "n_ubatch": n_ubatch}
+    ops = [["decode", *(prompt(3 + 2 * s, [s]) for s in range(64))]]
+    ops += [["decode", *(prompt(1, [s], 3 + 2 * s + i) for s in range(64))] for i in range(3)]
+    stats = check_agreement(arms, ops, kv_unified, case)["stats"]
+    assert stats["n_pages"] > 100
 
 
 @pytest.mark.parametrize(("kv_unified", "n"), [(True, 128), (False, 256)])
