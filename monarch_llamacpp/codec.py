@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from .paths import native_dir
 F16_MAX = np.float32(np.finfo(np.float16).max)
 N_LANES = 8
 BITS = (2, 3, 4)
+N_PARTS = 8  # of a page, in a summary
+SCALE_CODE_BIAS = (127 - 20) << 3
+SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)[:, None]  # of four 2-bit values in their byte
 
 _NUMBER = r"-?[0-9][0-9.e+-]*f?"
 _DEFINE = re.compile(rf"^#define (MONARCH_\w+) +({_NUMBER}(?:, *{_NUMBER})*)$", re.MULTILINE)
@@ -374,9 +378,49 @@ def _mean_std(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(variance / n)
 
 
+def _encode_scale(scale: np.float32) -> np.uint8:
+    """5 bits of exponent from 2^-20, 3 of the mantissa; 0 is kept for a part without tokens."""
+    code = ((int(scale.view(np.uint32)) + (1 << 19)) >> 20) - SCALE_CODE_BIAS
+    return np.uint8(min(max(code, 1), 255))
+
+
+def _unpack_parts(summary: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [8], NaN of empty parts, and what they scale [8, head_dim]."""
+    codes = np.frombuffer(summary[:8], np.uint8)
+    scales = ((codes.astype(np.uint32) + SCALE_CODE_BIAS) << 20).view(np.float32)
+    packed = np.frombuffer(summary[8:], np.uint8).reshape(N_PARTS, -1, 1, 4)
+    values = (packed >> SHIFTS & 3).reshape(N_PARTS, -1).astype(np.float32) - np.float32(1.5)
+    return np.where(codes == 0, np.float32(np.nan), scales), values
+
+
+def _encode_part(x: np.ndarray) -> tuple[np.uint8, np.ndarray]:
+    """Scale and 2-bit values [head_dim] of a part's tokens [n, head_dim]."""
+    mean = np.zeros(x.shape[-1], np.float32)
+    if len(x) == 0:
+        return np.uint8(0), np.full(x.shape[-1], 2, np.uint8)
+    for row in x:
+        mean += row
+    y = rotate(mean / np.float32(len(x)))
+    total = sum_of_lanes(y * y)
+    step = constants()["MONARCH_SUMMARY_STEP"][0] * np.sqrt(total / np.float32(len(y)))
+    codes = np.clip(np.floor(y / step) + 2, 0, 3) if step > 0 else np.full(len(y), 2)
+    product = sum_of_lanes(y * (codes.astype(np.float32) - np.float32(1.5)))
+    return _encode_scale(total / product if product > 0 else np.float32(0)), codes.astype(np.uint8)
+
+
+def _encode_parts(x: np.ndarray) -> bytes:
+    borders = [i * len(x) // N_PARTS for i in range(N_PARTS + 1)]
+    parts = [_encode_part(x[begin:end]) for begin, end in itertools.pairwise(borders)]
+    codes = np.array([codes for _, codes in parts]).reshape(N_PARTS, -1, 4, 4)  # [part, 16 dimensions, shift, byte]
+    packed = (codes << SHIFTS).sum(2, dtype=np.uint8)
+    return bytes(scale for scale, _ in parts) + packed.tobytes()
+
+
 def encode_summary(scorer: str, k: np.ndarray) -> bytes:
-    """One page by itself, offsets and steps, then values. k: [n_tokens, head_dim], not rotated."""
+    """One page by itself: offsets and steps, or scales, then values. k: [n_tokens, head_dim], not rotated."""
     x = finite(k)
+    if scorer == "parts":
+        return _encode_parts(x)
     if scorer == "minmax":
         halves = [_encode_half(x.min(0), np.floor), _encode_half(x.max(0), np.ceil)]
     else:
@@ -384,29 +428,38 @@ def encode_summary(scorer: str, k: np.ndarray) -> bytes:
     return b"".join(head for head, _ in halves) + b"".join(codes for _, codes in halves)
 
 
-def interleave_summaries(summaries: list[bytes]) -> bytes:
+def interleave_summaries(scorer: str, summaries: list[bytes]) -> bytes:
     """The pages of a group as one block."""
     pages = np.array([np.frombuffer(summary, np.uint8) for summary in summaries])
-    heads = pages[:, :8].copy().view(np.float16).T
+    heads = pages[:, :8].copy().view(np.uint8 if scorer == "parts" else np.float16).T
     quads = pages[:, 8:].reshape(len(pages), -1, 4).transpose(1, 0, 2)
     return heads.tobytes() + quads.tobytes()
 
 
-def decode_summary(summary: bytes) -> np.ndarray:
-    """[2, head_dim]: minima and maxima, or means and standard deviations."""
+def decode_summary(scorer: str, summary: bytes) -> np.ndarray:
+    """[2, head_dim]: minima and maxima, or means and standard deviations; parts [8, head_dim], rotated, NaN if none."""
+    if scorer == "parts":
+        scales, values = _unpack_parts(summary)
+        return scales[:, None] * values
     offset0, step0, offset1, step1 = np.frombuffer(summary[:8], np.float16).astype(np.float32)
     first, second = np.frombuffer(summary[8:], np.uint8).astype(np.float32).reshape(2, -1)
     return np.stack([offset0 + step0 * first, offset1 + step1 * second])
 
 
 def summary_query(scorer: str, q: np.ndarray) -> np.ndarray:
-    """The weights [2 head_dim] whose dot product with the summary is the score."""
+    """The weights [2 head_dim] whose dot product with the summary is the score; parts use the first half."""
     x = finite(q)
+    if scorer == "parts":
+        return np.concatenate([rotate(x), np.zeros_like(x)])
     if scorer == "minmax":
         return np.concatenate([np.minimum(x, 0), np.maximum(x, 0)])
     return np.concatenate([x, constants()["MONARCH_MEANSTD_WEIGHT"][0] * np.abs(x)])
 
 
-def summary_score(weights: np.ndarray, summary: bytes) -> np.float32:
-    first, second = sum_of_lanes(weights.reshape(2, -1) * decode_summary(summary))
+def summary_score(scorer: str, weights: np.ndarray, summary: bytes) -> np.float32:
+    if scorer == "parts":
+        scales, values = _unpack_parts(summary)
+        return np.nanmax(scales * sum_of_lanes(weights[: len(weights) // 2] * values))
+    first, second = sum_of_lanes(weights.reshape(2, -1) * decode_summary(scorer, summary))
     return first + second
+

@@ -6,7 +6,7 @@
 
 #include "monarch-attend.h"
 #include "monarch-exp2.h"
-#include "monarch-summary.h"
+#include "monarch-summary-math.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
@@ -805,6 +805,55 @@ static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, 
     }
 }
 
+// what the 16 pages' 2-bit values of a part say; rows as int8, without offset
+template <int R>
+static inline void monarch_score_part(int64_t head_dim, const uint8_t * values, const int8_t * w, __m512i * dot) {
+    const __m512i low = _mm512_set1_epi8(3);
+
+    for (int r = 0; r < R; ++r) {
+        dot[r] = _mm512_setzero_si512();
+    }
+    for (int64_t j = 0; j < head_dim/16; ++j) {
+        const __m512i codes = _mm512_loadu_si512(values + j*64);
+
+        for (int i = 0; i < 4; ++i) {
+            const __m512i u = _mm512_and_si512(_mm512_srli_epi32(codes, 2*i), low);
+
+            for (int r = 0; r < R; ++r) {
+                dot[r] = _mm512_dpbusd_epi32(dot[r], u, _mm512_set1_epi32(monarch_load_i32(w + r*2*head_dim + 16*j + 4*i)));
+            }
+        }
+    }
+}
+
+// scores of 16 pages for R rows; sum: of a row's weights
+template <int R>
+static inline void monarch_score_parts(int64_t head_dim, const uint8_t * group, const int8_t * w, const float * scale, const float * sum, float kq_scale, float * dst, int64_t stride) {
+    __m512 score[R];
+    for (int r = 0; r < R; ++r) {
+        score[r] = _mm512_set1_ps(-INFINITY);
+    }
+
+    for (int i = 0; i < MONARCH_SUMMARY_PARTS; ++i) {
+        __m512i dot[R];
+        monarch_score_part<R>(head_dim, group + monarch_summary_code_at(head_dim, i, 0, 0), w, dot);
+
+        const __m512i   codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (group + monarch_summary_scale_at(i, 0))));
+        const __mmask16 full  = _mm512_test_epi32_mask(codes, codes);
+        const __m512    part  = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(MONARCH_SCALE_CODE_BIAS)), 20));
+
+        for (int r = 0; r < R; ++r) {
+            const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_set1_ps(scale[2*r]), _mm512_set1_ps(-1.5f*sum[2*r]));
+
+            score[r] = _mm512_mask_max_ps(score[r], full, score[r], _mm512_mul_ps(product, part));
+        }
+    }
+
+    for (int r = 0; r < R; ++r) {
+        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(score[r], _mm512_set1_ps(kq_scale)));
+    }
+}
+
 // where 16 table entries name consecutive physical pages, as they do until pages are recycled, no gather is needed
 static void monarch_score_find_runs(const struct monarch_attend * attend, int32_t i0, int32_t i1, int32_t * runs) {
     for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
@@ -842,9 +891,11 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
 
     const int64_t group_size = monarch_summary_offset(head_dim, attend->n_pages_max, 0, MONARCH_SUMMARY_GROUP);
 
+    const auto score_group = attend->op.scorer == MONARCH_SCORER_PARTS ? monarch_score_parts<MONARCH_SCORE_ROWS> : monarch_score_group<MONARCH_SCORE_ROWS>;
+
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
-        log_table[i] = logf((float) i);
+        log_table[i] = monarch_summary_log_count(attend->op.scorer, i);
     }
 
     // groups that hold none of these pages are skipped
@@ -873,7 +924,7 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
                 const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
 
                 monarch_cold_prefetch(group + group_size, group_size);
-                monarch_score_group<MONARCH_SCORE_ROWS>(head_dim, group, avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
+                score_group(head_dim, group, avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }
 

@@ -2,7 +2,7 @@
 
 #include "monarch-attend.h"
 #include "monarch-convert.h"
-#include "monarch-summary.h"
+#include "monarch-summary-math.h"
 
 #include "ggml-impl.h"
 #include "vec.h"
@@ -166,7 +166,7 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
 
             const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, entry->page);
 
-            row->mass[i] = attend->op.kq_scale*monarch_summary_score(head_dim, plain.query, group, entry->page%MONARCH_SUMMARY_GROUP) + logf((float) monarch_mask_count(entry->mask));
+            row->mass[i] = attend->op.kq_scale*monarch_summary_score(attend->op.scorer, head_dim, plain.query, group, entry->page%MONARCH_SUMMARY_GROUP) + monarch_summary_log_count(attend->op.scorer, monarch_mask_count(entry->mask));
         }
     }
 }

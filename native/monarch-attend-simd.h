@@ -22,7 +22,7 @@
 #include "monarch-attend.h"
 #include "monarch-convert.h"
 #include "monarch-exp2.h"
-#include "monarch-summary.h"
+#include "monarch-summary-math.h"
 
 #include "ggml.h"
 
@@ -728,15 +728,81 @@ static inline void monarch_score_group(const struct monarch_attend * attend, con
     }
 }
 
+// the 2-bit values of 16 pages of a part as bytes: of a nibble the first or the second two bits
+static inline void monarch_score_unpack(int64_t head_dim, const uint8_t * values, monarch_i8 * x) {
+    static const int8_t first [16] = { 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3 };
+    static const int8_t second[16] = { 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3 };
+
+    const monarch_i8 tables[2] = { monarch_i8_table(first), monarch_i8_table(second) };
+
+    for (int64_t j = 0; j < head_dim/16; ++j) {
+        for (int64_t i = 0; i < MONARCH_VECTORS; ++i) {
+            const monarch_i8 codes = monarch_i8_load(values + j*4*MONARCH_TILE + i*4*MONARCH_LANES);
+            const monarch_i8 nibbles[2] = { monarch_i8_low(codes), monarch_i8_high(codes) };
+
+            for (int k = 0; k < 4; ++k) {
+                x[(4*j + k)*MONARCH_VECTORS + i] = monarch_i8_lookup(tables[k%2], nibbles[k/2]);
+            }
+        }
+    }
+}
+
+// scores of 16 pages for MONARCH_ROWS rows
+static inline void monarch_score_parts(const struct monarch_attend * attend, const uint8_t * group, const int8_t * w, const struct monarch_simd_query * queries, float * dst, int64_t stride) {
+    const int32_t head_dim = attend->op.codec.head_dim;
+
+    float scales [MONARCH_TILE];
+    float offsets[MONARCH_TILE];
+
+    for (int64_t r = 0; r < MONARCH_ROWS; ++r) {
+        for (int64_t i = 0; i < MONARCH_TILE; ++i) {
+            dst[r*stride + i] = -INFINITY;
+        }
+    }
+
+    for (int32_t i_part = 0; i_part < MONARCH_SUMMARY_PARTS; ++i_part) {
+        monarch_i8 x[MONARCH_MAX_HEAD_DIM/4*MONARCH_VECTORS];
+        monarch_score_unpack(head_dim, group + monarch_summary_code_at(head_dim, i_part, 0, 0), x);
+
+        for (int32_t i = 0; i < MONARCH_TILE; ++i) {
+            const uint8_t code = group[monarch_summary_scale_at(i_part, i)];
+
+            scales [i] = code ? attend->op.kq_scale*monarch_summary_decode_scale(code) : 0.0f;
+            offsets[i] = code ? 0.0f : -INFINITY;
+        }
+
+        for (int i = 0; i < MONARCH_VECTORS; ++i) {
+            monarch_i32 acc[MONARCH_ROWS];
+            for (int r = 0; r < MONARCH_ROWS; ++r) {
+                acc[r] = monarch_i32_set1(0);
+            }
+
+            monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x + i, w, 2*head_dim, acc);
+
+            for (int r = 0; r < MONARCH_ROWS; ++r) {
+                float * score = dst + r*stride + i*MONARCH_LANES;
+
+                const monarch_f32 product = monarch_f32_fma(monarch_i32_to_f32(acc[r]), monarch_f32_set1(queries[r].scale[0]), monarch_f32_set1(-1.5f*queries[r].sum[0]));
+
+                const monarch_f32 logits  = monarch_f32_fma(product, monarch_f32_load(scales + i*MONARCH_LANES), monarch_f32_load(offsets + i*MONARCH_LANES));
+
+                monarch_f32_store(score, monarch_f32_max(monarch_f32_load(score), logits));
+            }
+        }
+    }
+}
+
 static void monarch_simd_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1) {
     struct monarch_simd_work simd = monarch_simd_work_get(attend, work);
 
     const int32_t head_dim = attend->op.codec.head_dim;
     const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
+    const auto score_group = attend->op.scorer == MONARCH_SCORER_PARTS ? monarch_score_parts : monarch_score_group;
+
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
-        log_table[i] = logf((float) i);
+        log_table[i] = monarch_summary_log_count(attend->op.scorer, i);
     }
 
     // groups that hold none of these pages are skipped
@@ -759,7 +825,7 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (simd.used[g]) {
-                monarch_score_group(attend, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
+                score_group(attend, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
                         simd.q, queries, simd.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }

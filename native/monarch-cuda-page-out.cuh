@@ -299,6 +299,66 @@ MONARCH_DEVICE void monarch_token_decode(const monarch_codec & codec, const mona
     monarch_team_unrotate(monarch_team_block(), head_dim, x, buffer);
 }
 
+// mean: [head_dim] in shared memory; the rest as below
+MONARCH_DEVICE void monarch_page_summarize_parts(
+        const monarch_op_params & op, const monarch_codec_layout & layout, uint32_t mask, const uint8_t * block, float * mean, float * x, float * buffer,
+        uint8_t * group, int32_t i_page) {
+    const int32_t head_dim = op.codec.head_dim;
+    const int32_t n_tokens = monarch_mask_count(mask);
+
+    int32_t t = 0;
+
+    for (int32_t i_part = 0; i_part < MONARCH_SUMMARY_PARTS; ++i_part) {
+        const int32_t n = monarch_summary_part_begin(n_tokens, i_part + 1) - monarch_summary_part_begin(n_tokens, i_part);
+
+        for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
+            mean[d] = 0.0f;
+        }
+        for (int32_t i = 0; i < n; ++i, ++t) {
+            while (!(mask >> t & 1)) {
+                ++t;
+            }
+            monarch_token_decode(op.codec, layout, block, t, x, buffer);
+
+            for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
+                mean[d] += monarch_f16_clamp(x[d]);
+            }
+            __syncthreads();
+        }
+        for (int32_t d = threadIdx.x; n > 0 && d < head_dim; d += blockDim.x) {
+            mean[d] /= (float) n;
+        }
+        __syncthreads();
+
+        monarch_team_rotate(monarch_team_block(), head_dim, mean, buffer);
+
+        // every thread finds the same sums
+        const float sum  = monarch_summary_sum_products(head_dim, mean, mean);
+        const float step = monarch_summary_get_step(head_dim, sum);
+
+        for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
+            x[d] = (float) monarch_summary_encode_code(mean[d], step) - 1.5f;
+        }
+        __syncthreads();
+
+        const float product = monarch_summary_sum_products(head_dim, mean, x);
+
+        for (int32_t j = threadIdx.x; j < head_dim/4; j += blockDim.x) {
+            const int32_t d = j/4*16 + j%4;
+
+            uint8_t codes = 0;
+            for (int32_t i = 0; i < 4; ++i) {
+                codes |= (int32_t) (x[d + 4*i] + 1.5f) << monarch_summary_code_shift(d + 4*i);
+            }
+            group[monarch_summary_code_at(head_dim, i_part, d, i_page)] = codes;
+        }
+        if (threadIdx.x == 0) {
+            group[monarch_summary_scale_at(i_part, i_page)] = n == 0 ? 0 : monarch_summary_encode_part_scale(sum, product);
+        }
+        __syncthreads();
+    }
+}
+
 // from what the block decodes to, token by token; mask: those that are there
 // stats: [2][head_dim] in shared memory, x and buffer as above
 MONARCH_DEVICE void monarch_page_summarize(
@@ -398,8 +458,13 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
 
     monarch_half_encode(codec, k, records, slots, block + layout.k_codes, block + layout.k_residual);
     __syncthreads();
-    monarch_page_summarize(a.op, layout, (uint32_t) out[1], block, stats, records, records + codec.head_dim,
-            a.summary + monarch_summary_offset(codec.head_dim, a.n_pages_max, head_kv, page), page%MONARCH_SUMMARY_GROUP);
+    uint8_t * group = a.summary + monarch_summary_offset(codec.head_dim, a.n_pages_max, head_kv, page);
+
+    if (a.op.scorer == MONARCH_SCORER_PARTS) {
+        monarch_page_summarize_parts(a.op, layout, (uint32_t) out[1], block, stats, records, records + codec.head_dim, group, page%MONARCH_SUMMARY_GROUP);
+    } else {
+        monarch_page_summarize(a.op, layout, (uint32_t) out[1], block, stats, records, records + codec.head_dim, group, page%MONARCH_SUMMARY_GROUP);
+    }
     __syncthreads();
     monarch_half_encode(codec, v, records, slots, block + layout.v_codes, nullptr);
 

@@ -25,7 +25,7 @@ MONARCH_KERNEL monarch_score_pages(const monarch_cuda_attend a, const int32_t n_
     const monarch_table_entry entry = group.table[i < n_pages ? i : 0];
 
     const uint8_t * summary = a.summary + monarch_summary_offset(head_dim, a.n_pages_max, group.head_kv, entry.page);
-    const float     n_valid = (float) monarch_mask_count(entry.mask);
+    const float     log_n   = monarch_summary_log_count(a.op.scorer, monarch_mask_count(entry.mask));
 
     for (int32_t row0 = 0; row0 < group.n_rows; row0 += n_rows_max) {
         const int32_t n_rows = group.n_rows - row0 < n_rows_max ? group.n_rows - row0 : n_rows_max;
@@ -40,9 +40,14 @@ MONARCH_KERNEL monarch_score_pages(const monarch_cuda_attend a, const int32_t n_
         }
         __syncthreads();
 
+        // the second half serves as scratch
+        for (int32_t r = 0; r < n_rows && a.op.scorer == MONARCH_SCORER_PARTS; ++r) {
+            monarch_team_rotate(monarch_team_block(), head_dim, shared + 2*r*head_dim, shared + (2*r + 1)*head_dim);
+        }
+
         for (int32_t r = 0; r < n_rows && i < n_pages; ++r) {
             a.mass[monarch_row_index(a, group, row0 + r)*a.n_pages_max + i] =
-                a.op.kq_scale*monarch_summary_score_page(head_dim, shared + 2*r*head_dim, summary, entry.page%MONARCH_SUMMARY_GROUP) + logf(n_valid);
+                a.op.kq_scale*monarch_summary_score_page(a.op.scorer, head_dim, shared + 2*r*head_dim, summary, entry.page%MONARCH_SUMMARY_GROUP) + log_n;
         }
         __syncthreads();
     }

@@ -13,6 +13,7 @@ enum monarch_mode {
 enum monarch_scorer {
     MONARCH_SCORER_MINMAX  = 0,
     MONARCH_SCORER_MEANSTD = 1,
+    MONARCH_SCORER_PARTS   = 2,
 };
 
 enum monarch_cold_tier {

@@ -103,13 +103,90 @@ MONARCH_HD static inline uint8_t monarch_summary_quantize(float x, float offset,
 }
 
 //
+// parts
+//
+
+// first token of a part, of a page's n valid ones
+MONARCH_HD static inline int32_t monarch_summary_part_begin(int32_t n_tokens, int32_t i_part) {
+    return i_part*n_tokens/MONARCH_SUMMARY_PARTS;
+}
+
+MONARCH_HD static inline size_t monarch_summary_scale_at(int32_t i_part, int32_t i_page) {
+    return i_part*MONARCH_SUMMARY_GROUP + i_page;
+}
+
+// the byte that dimension d shares with three others, and where in it
+MONARCH_HD static inline size_t monarch_summary_code_at(int32_t head_dim, int32_t i_part, int32_t d, int32_t i_page) {
+    return MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP + ((i_part*head_dim + d)/16*MONARCH_SUMMARY_GROUP + i_page)*4 + d%4;
+}
+
+MONARCH_HD static inline int32_t monarch_summary_code_shift(int32_t d) {
+    return d%16/4*2;
+}
+
+// 2^-20 to 3840: what keys are, and more than enough to tell them apart
+#define MONARCH_SCALE_CODE_BIAS ((127 - 20) << 3)
+
+MONARCH_HD static inline uint8_t monarch_summary_encode_scale(float scale) {
+    uint32_t bits;
+    memcpy(&bits, &scale, sizeof(bits));
+
+    const int32_t code = (int32_t) ((bits + (1u << 19)) >> 20) - MONARCH_SCALE_CODE_BIAS;
+
+    return code < 1 ? 1 : code > 255 ? 255 : code;
+}
+
+MONARCH_HD static inline float monarch_summary_decode_scale(uint8_t code) {
+    const uint32_t bits = (uint32_t) (code + MONARCH_SCALE_CODE_BIAS) << 20;
+
+    float scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    return scale;
+}
+
+MONARCH_HD static inline float monarch_summary_sum_products(int32_t n, const float * x, const float * y) {
+    float lanes[MONARCH_N_LANES] = { 0 };
+    for (int32_t i = 0; i < n; ++i) {
+        lanes[i%MONARCH_N_LANES] += x[i]*y[i];
+    }
+    return monarch_sum_lanes(lanes);
+}
+
+// of the two-bit values of a rotated mean: sum of its squares
+MONARCH_HD static inline float monarch_summary_get_step(int32_t head_dim, float sum) {
+    return MONARCH_SUMMARY_STEP*sqrtf(sum/(float) head_dim);
+}
+
+// the scale keeps the product of a mean with itself: sum of squares, product with what its codes stand for
+MONARCH_HD static inline uint8_t monarch_summary_encode_part_scale(float sum, float product) {
+    return monarch_summary_encode_scale(product > 0.0f ? sum/product : 0.0f);
+}
+
+MONARCH_HD static inline int32_t monarch_summary_encode_code(float x, float step) {
+    const float u = step > 0.0f ? floorf(x/step) + 2.0f : 2.0f;
+
+    return (int32_t) fminf(fmaxf(u, 0.0f), 3.0f);
+}
+
+//
 // scores
 //
+
+// the logarithm of what a score stands for: all of a page's tokens, or those of one part
+MONARCH_HD static inline float monarch_summary_log_count(int32_t scorer, int32_t n_tokens) {
+    if (scorer != MONARCH_SCORER_PARTS) {
+        return logf((float) n_tokens);
+    }
+    return n_tokens > MONARCH_SUMMARY_PARTS ? logf((float) n_tokens/MONARCH_SUMMARY_PARTS) : 0.0f;
+}
 
 // what a query's value weighs the statistic of the same dimension with
 MONARCH_HD static inline float monarch_summary_weight(int32_t scorer, int32_t i_half, float q) {
     const float x = monarch_f16_clamp(q);
 
+    if (scorer == MONARCH_SCORER_PARTS) {
+        return i_half == 0 ? x : 0.0f; // then rotated
+    }
     if (scorer == MONARCH_SCORER_MINMAX) {
         return i_half == 0 ? (x < 0.0f ? x : 0.0f) : (x > 0.0f ? x : 0.0f);
     }
@@ -132,8 +209,33 @@ MONARCH_HD static inline float monarch_summary_score_half(int32_t head_dim, cons
     return monarch_sum_lanes(lanes);
 }
 
+// w: [head_dim], rotated
+MONARCH_HD static inline float monarch_summary_score_part(int32_t head_dim, const float * w, const uint8_t * group, int32_t i_page, int32_t i_part) {
+    float lanes[MONARCH_N_LANES] = { 0 };
+    for (int32_t d = 0; d < head_dim; ++d) {
+        const int32_t u = group[monarch_summary_code_at(head_dim, i_part, d, i_page)] >> monarch_summary_code_shift(d) & 3;
+
+        lanes[d%MONARCH_N_LANES] += w[d]*((float) u - 1.5f);
+    }
+    return monarch_summary_decode_scale(group[monarch_summary_scale_at(i_part, i_page)])*monarch_sum_lanes(lanes);
+}
+
+MONARCH_HD static inline float monarch_summary_score_parts(int32_t head_dim, const float * w, const uint8_t * group, int32_t i_page) {
+    float res = -INFINITY;
+    for (int32_t i = 0; i < MONARCH_SUMMARY_PARTS; ++i) {
+        if (group[monarch_summary_scale_at(i, i_page)] != 0) {
+            const float score = monarch_summary_score_part(head_dim, w, group, i_page, i);
+            res = res > score ? res : score;
+        }
+    }
+    return res;
+}
+
 // w: [2*head_dim] weights
-MONARCH_HD static inline float monarch_summary_score_page(int32_t head_dim, const float * w, const uint8_t * group, int32_t i_page) {
+MONARCH_HD static inline float monarch_summary_score_page(int32_t scorer, int32_t head_dim, const float * w, const uint8_t * group, int32_t i_page) {
+    if (scorer == MONARCH_SCORER_PARTS) {
+        return monarch_summary_score_parts(head_dim, w, group, i_page);
+    }
     return monarch_summary_score_half(head_dim, w,            group, i_page, 0) +
            monarch_summary_score_half(head_dim, w + head_dim, group, i_page, 1);
 }

@@ -23,7 +23,7 @@ struct test_monarch : public test_case {
     monarch_op_params get_params() const {
         monarch_op_params res = {};
         res.codec    = { head_dim, 16, bits, bits, 0 };
-        res.scorer   = MONARCH_SCORER_MINMAX;
+        res.scorer   = MONARCH_SCORER_PARTS;
         res.kq_scale = 1.0f/sqrtf(head_dim);
         return res;
     }

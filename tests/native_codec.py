@@ -14,7 +14,7 @@ from monarch_llamacpp.paths import native_dir
 
 # the second build has no F16C on x86-64: its conversions are the plain ones
 BUILDS = {"native": ["-march=native"], "plain": []}
-SCORERS = ("minmax", "meanstd")
+SCORERS = ("minmax", "meanstd", "parts")
 SUMMARY_GROUP = int(constants()["MONARCH_SUMMARY_GROUP"][0])
 
 _folder = tempfile.TemporaryDirectory(prefix="monarch-codec-")
@@ -84,8 +84,11 @@ class NativeCodec:
         self.lib.monarch_summary_query(SCORERS.index(scorer), len(q), _pointer(q), _pointer(weights))
         return weights
 
-    def summary_score(self, weights: np.ndarray, group: np.ndarray, i_page: int) -> float:
-        return self.lib.monarch_summary_score(len(weights) // 2, _pointer(weights), _pointer(group), i_page)
+    def summary_score(self, scorer: str, weights: np.ndarray, group: np.ndarray, i_page: int) -> float:
+        head_dim = len(weights) // 2
+        return self.lib.monarch_summary_score(
+            SCORERS.index(scorer), head_dim, _pointer(weights), _pointer(group), i_page
+        )
 
 
 @lru_cache

@@ -84,7 +84,7 @@ def test_hot_window_alone_is_f32(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("scorer", ["minmax", "meanstd"])
+@pytest.mark.parametrize("scorer", ["minmax", "meanstd", "parts"])
 def test_scores_choose_the_same_pages(
     patched_bin: Path, folder: Path, cases: list[dict], kernel: str, scorer: str
 ) -> None:

@@ -117,7 +117,7 @@ def test_paged(emulation: Path, head_dim: int) -> None:
     base = Case(head_dim, mode=PAGED, n_pages=37, n_promote=6, n_steps=3, sticky_threshold=2)
     cases = [
         base._replace(n_gqa=n_gqa, n_tokens=n_tokens, scorer=scorer)
-        for scorer, n_gqa, n_tokens in [(0, 3, 1), (1, 4, 2)]
+        for scorer, n_gqa, n_tokens in [(0, 3, 1), (1, 4, 2), (2, 4, 1)]
     ]
     for case, result in zip(cases, check(emulation, cases), strict=True):
         assert result.n_promoted == case.n_steps * 2 * case.n_promote

@@ -80,7 +80,7 @@ def test_hot_window_alone_is_f32(program: Program) -> None:
         assert nmse(a, b) <= 1e-11, case
 
 
-@pytest.mark.parametrize("scorer", [0, 1])
+@pytest.mark.parametrize("scorer", [0, 1, 2])
 def test_scores_choose_the_same_pages(program: Program, scorer: int) -> None:
     """With few pages promoted, the 8-bit scores choose nearly as the plain ones do."""
     cases = [Case(head_dim, n_gqa=3, n_pages=37, n_promote=6, mode=PAGED, scorer=scorer) for head_dim in HEAD_DIMS]
