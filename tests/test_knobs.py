@@ -17,7 +17,7 @@ from monarch_llamacpp.shim import Event, Page, Shim
 # the contract with users: these names do not change
 CONTRACT = {
     "mode": "auto", "hot_window": 512, "sink_tokens": 16, "page_size": 16, "promote_tokens": 1024,
-    "sticky_threshold": 3, "importance_decay": 0.92, "dense_layers": 2, "dense_tokens": 8192,
+    "sticky_threshold": 3, "importance_decay": 0.92, "dense_layers": 0, "dense_tokens": 8192,
     "cold_bits_k": 4, "cold_bits_v": 4, "residual_k": "off", "cold_tier": "auto",
 }  # fmt: skip
 
