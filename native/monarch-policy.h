@@ -10,7 +10,7 @@ struct monarch_policy {
     int32_t n_budget;            // most pages
     float   promotion_threshold; // least estimated probability; 0: budget only
     int32_t sticky_threshold;    // 0: never sticky
-    float   importance_decay;
+    float   importance_decay;    // importance: decayed average of the attention that a sticky page got
 };
 
 // one entry of the page table as the op sees it
@@ -46,7 +46,8 @@ MONARCH_HD static inline void monarch_policy_apply_entry(
 
     const float kept = monarch_policy_is_sticky(policy, *count) ? *importance : 0.0f;
 
-    *importance = policy->importance_decay*kept + entry->measured;
+    // an average, so that it compares with the estimates of pages that are not sticky
+    *importance = policy->importance_decay*kept + (1.0f - policy->importance_decay)*entry->measured;
     *count      = *count < 255 ? *count + 1 : 255;
 }
 
