@@ -22,8 +22,7 @@ STORY = Path("scripts", "demo_story.txt")
 
 HOT_WINDOW = 256
 
-# the model has few layers: with the first two dense, a third of it would promote the whole story
-PAGED = ["--hot-window", str(HOT_WINDOW), "--promote-tokens", "256", "--dense-layers", "0"]
+PAGED = ["--hot-window", str(HOT_WINDOW), "--promote-tokens", "256"]
 
 AB = ["--depths", "0,3584", "--reps", "3", "-n", "64", "--parts", "memory,speed"]
 AB += ["--arms", "stock,patched-off,window,paged,exact"]
