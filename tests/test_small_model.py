@@ -68,22 +68,25 @@ def ask(lib_dir: Path, n_tokens: int, depths: str, n_facts: int = 1, **env: str)
     return run_child_json(lib_dir, "child_small_model.py", args, env=env)
 
 
-@pytest.mark.parametrize("n_facts", [1, 8])
-def test_upstream_recalls(stock_bin, n_facts):
+@pytest.mark.parametrize(("n_facts", "most_wrong"), [(1, 2), (8, 5)])
+def test_upstream_recalls(stock_bin, n_facts, most_wrong):
     report = ask(stock_bin, 1024, ",".join(str(i / 19) for i in range(20)), n_facts)
     wrong = [each for each in report["asked"] if not each["right"]]
-    assert len(wrong) <= 8, wrong  # models/README.md: about four of five are right
+    assert len(wrong) <= most_wrong, wrong  # models/README.md: 98 and 92 % are right
 
 
-def test_exact_answers_as_upstream_does_where_window_cannot(stock_bin, patched_bin):
-    """Not `paged`: its budget misses most of these, see models/README.md."""
+def test_exact_and_paged_answer_as_upstream_does_where_window_cannot(stock_bin, patched_bin):
+    """paged: an eighth of the tokens, no dense layers."""
     depths = "0.1,0.2,0.3,0.4,0.5,0.6"
     stock = ask(stock_bin, 2048, depths)
     exact = ask(patched_bin, 2048, depths, MONARCH_MODE="exact", MONARCH_HOT_WINDOW=str(HOT_WINDOW))
     window = ask(patched_bin, 2048, depths, MONARCH_MODE="window", MONARCH_HOT_WINDOW=str(HOT_WINDOW))
+    budget = {"MONARCH_HOT_WINDOW": "128", "MONARCH_PROMOTE_TOKENS": "112", "MONARCH_DENSE_LAYERS": "0"}
+    paged = ask(patched_bin, 2048, depths, MONARCH_MODE="paged", **budget)
     assert sum(each["right"] for each in stock["asked"]) >= 5
     assert [each["answer"] for each in exact["asked"]] == [each["answer"] for each in stock["asked"]]
     assert [each for each in window["asked"] if each["right"]] == []
+    assert sum(each["right"] for each in paged["asked"]) >= sum(each["right"] for each in stock["asked"]) - 1
 
 
 @pytest.fixture(scope="module")
