@@ -81,7 +81,7 @@ def saved(patched_bin: Path, tmp_path: Path, case: dict) -> Path:
 @pytest.mark.parametrize("seed", [0, 5])
 @pytest.mark.parametrize("mode", ["paged", "exact", "window"])
 def test_a_restored_state_goes_on_as_if_nothing_had_happened(
-    patched_bin: Path, tmp_path: Path, case: dict, mode: str, seed: int
+    patched_bin: Path, sanitizer: str, tmp_path: Path, case: dict, mode: str, seed: int
 ) -> None:
     """The ring starts anew, so sums may round differently; choices, counters and tokens may not."""
     env, file = PAGED | {"MONARCH_MODE": mode}, str(tmp_path / "own")
@@ -92,7 +92,8 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(
     (want,) = run_cases(patched_bin, tmp_path, [whole])
     (got,) = run_cases(patched_bin, tmp_path, [rest])
     assert got.info["status"][0] == Path(file).stat().st_size
-    assert nmse(got.logits, want.logits[260:]) <= 1e-8  # a 4-bit code may fall on the other side
+    # as sanitizers compile it a last bit makes another 4-bit code: 3.8e-9 was seen
+    assert nmse(got.logits, want.logits[260:]) <= (1e-8 if sanitizer else 1e-9)
     assert np.array_equal(got.logits.argmax(1), want.logits[260:].argmax(1))
     assert got.info["stats"] == want.info["stats"]
     assert (got.info["pos_min"], got.info["pos_max"]) == (want.info["pos_min"], want.info["pos_max"])
