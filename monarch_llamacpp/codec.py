@@ -18,7 +18,7 @@ N_LANES = 8
 BITS = (2, 3, 4)
 N_PARTS = 8  # of a page, in a summary
 SCALE_CODE_BIAS = (127 - 20) << 3
-SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)[:, None]  # of four 2-bit values in their byte
+SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)  # of four 2-bit values in their byte
 
 _NUMBER = r"-?[0-9][0-9.e+-]*f?"
 _DEFINE = re.compile(rf"^#define (MONARCH_\w+) +({_NUMBER}(?:, *{_NUMBER})*)$", re.MULTILINE)
@@ -388,8 +388,8 @@ def _unpack_parts(summary: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Scales [8], NaN of empty parts, and what they scale [8, head_dim]."""
     codes = np.frombuffer(summary[:8], np.uint8)
     scales = ((codes.astype(np.uint32) + SCALE_CODE_BIAS) << 20).view(np.float32)
-    packed = np.frombuffer(summary[8:], np.uint8).reshape(N_PARTS, -1, 1, 4)
-    values = (packed >> SHIFTS & 3).reshape(N_PARTS, -1).astype(np.float32) - np.float32(1.5)
+    packed = np.frombuffer(summary[8:], np.uint8).reshape(2, -1, N_PARTS // 2).transpose(0, 2, 1)
+    values = (packed[..., None] >> SHIFTS & 3).reshape(N_PARTS, -1).astype(np.float32) - np.float32(1.5)
     return np.where(codes == 0, np.float32(np.nan), scales), values
 
 
@@ -411,8 +411,8 @@ def _encode_part(x: np.ndarray) -> tuple[np.uint8, np.ndarray]:
 def _encode_parts(x: np.ndarray) -> bytes:
     borders = [i * len(x) // N_PARTS for i in range(N_PARTS + 1)]
     parts = [_encode_part(x[begin:end]) for begin, end in itertools.pairwise(borders)]
-    codes = np.array([codes for _, codes in parts]).reshape(N_PARTS, -1, 4, 4)  # [part, 16 dimensions, shift, byte]
-    packed = (codes << SHIFTS).sum(2, dtype=np.uint8)
+    codes = np.array([codes for _, codes in parts]).reshape(2, N_PARTS // 2, -1, 4)  # [four parts, part, byte, dimension]
+    packed = (codes << SHIFTS).sum(-1, dtype=np.uint8).transpose(0, 2, 1)
     return bytes(scale for scale, _ in parts) + packed.tobytes()
 
 

@@ -13,6 +13,7 @@
 typedef __m256  monarch_f32;
 typedef __m256i monarch_i32;
 typedef __m256i monarch_i8;
+typedef __m256i monarch_i16;
 
 static inline monarch_f32 monarch_f32_load    (const float * src)                            { return _mm256_loadu_ps(src); }
 static inline monarch_f32 monarch_f32_load_f16(const void * src)                             { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) src)); }
@@ -77,6 +78,16 @@ static inline monarch_i8 monarch_i8_low   (monarch_i8 a)                        
 static inline monarch_i8 monarch_i8_high  (monarch_i8 a)                           { return monarch_i8_low(_mm256_srli_epi16(a, 4)); }
 static inline monarch_i8 monarch_i8_table (const int8_t * src)                     { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) src)); }
 static inline monarch_i8 monarch_i8_lookup(monarch_i8 table, monarch_i8 index)     { return _mm256_shuffle_epi8(table, index); }
+static inline monarch_i8 monarch_i8_add   (monarch_i8 a, monarch_i8 b)             { return _mm256_add_epi8(a, b); }
+
+static inline monarch_i16 monarch_i16_set1(int16_t a)                    { return _mm256_set1_epi16(a); }
+static inline monarch_i16 monarch_i16_add (monarch_i16 a, monarch_i16 b) { return _mm256_add_epi16(a, b); }
+static inline monarch_i16 monarch_i16_even(monarch_i8 a)                 { return _mm256_and_si256(a, _mm256_set1_epi16(0xff)); }
+static inline monarch_i16 monarch_i16_odd (monarch_i8 a)                 { return _mm256_srli_epi16(a, 8); }
+
+static inline monarch_f32 monarch_i16_to_f32(monarch_i16 a, int i) {
+    return _mm256_cvtepi32_ps(i == 0 ? _mm256_and_si256(a, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(a, 16));
+}
 
 static inline monarch_i8 monarch_i8_bits(const uint8_t * src, int i_quarter) {
     const __m256i shifts = _mm256_set_epi64x(2*i_quarter + 2, 2*i_quarter + 2, 2*i_quarter, 2*i_quarter);

@@ -26,10 +26,25 @@
 
 #define MONARCH_SCORE_ROWS 8
 
+// of what 2-bit values add to a score: the sum over as many bytes of codes as MONARCH_TABLE_BYTES, eight tables, fits into a byte
+#define MONARCH_TABLE_SIZE  64
+#define MONARCH_TABLE_MAX   31.0f
+#define MONARCH_TABLE_BYTES 6
+
 // a constant, so that the rows of a block are at constant offsets
 #define MONARCH_Q_STRIDE MONARCH_MAX_HEAD_DIM
 
 #define MONARCH_MIN(a, b) ((a) < (b) ? (a) : (b))
+
+// a byte of codes is an index by its first three values; with the next two, their fourth values make another index
+static inline int64_t monarch_tables_count(int64_t head_dim) {
+    return head_dim/4 + (head_dim/4 + 2)/3;
+}
+
+// odd in cache lines, lest the rows' scores of a group compete for one set of the cache
+static inline int64_t monarch_scores_stride(int64_t n_pages_max) {
+    return ((n_pages_max/MONARCH_LANES) | 1)*MONARCH_LANES;
+}
 
 struct monarch_avx512_work {
     int8_t  * q;       // [n_rows][MONARCH_Q_STRIDE] quantised queries, in the order of the K codes; summary weights while scoring
@@ -42,7 +57,8 @@ struct monarch_avx512_work {
     float   * w_scale; // [n_rows]
     float   * k;       // [head_dim][16] one tile of hot K, transposed
     float   * v;       // [16][head_dim]
-    float   * scores;  // [MONARCH_SCORE_ROWS][n_pages_max] by physical page
+    uint8_t * tables;  // [MONARCH_SCORE_ROWS][n_tables][MONARCH_TABLE_SIZE] of summary weights
+    float   * scores;  // [MONARCH_SCORE_ROWS][monarch_scores_stride] by physical page
     float   * log_n;   // [n_pages_max] logarithm of a page's tokens
     int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones, else -1
     uint8_t * used;    // [n_pages_max/16] groups of summaries to be scored
@@ -61,7 +77,8 @@ static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char *
     work->w_scale = (float   *) ptr; ptr += (n_rows*sizeof(float) + 63)/64*64;
     work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
-    work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*n_pages_max*sizeof(float);
+    work->tables  = (uint8_t *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
+    work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_scores_stride(n_pages_max)*sizeof(float);
     work->log_n   = (float   *) ptr; ptr += n_pages_max*sizeof(float);
     work->runs    = (int32_t *) ptr; ptr += n_pages_max/MONARCH_LANES*sizeof(int32_t);
     work->used    = (uint8_t *) ptr; ptr += n_pages_max/MONARCH_LANES;
@@ -742,6 +759,15 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
 // scores
 //
 
+// of the rows that are scored together
+struct monarch_score_query {
+    int8_t  * w;                            // [MONARCH_SCORE_ROWS][2*head_dim] weights of both halves
+    uint8_t * tables;                       // [MONARCH_SCORE_ROWS][n_tables][MONARCH_TABLE_SIZE] of parts
+    int16_t   bias [MONARCH_SCORE_ROWS];    // what the tables lack
+    float     scale[MONARCH_SCORE_ROWS][2]; // of w, or of the tables
+    float     sum  [MONARCH_SCORE_ROWS][2]; // of the weights
+};
+
 // weights of a row's summary dot product as int8; both halves have their own scale
 static void monarch_score_quantize(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * dst, float * scale, float * sum) {
     const int32_t head_dim = attend->op.codec.head_dim;
@@ -769,7 +795,7 @@ static void monarch_score_quantize(const struct monarch_attend * attend, const s
 
 // scores of 16 pages for R rows
 template <int R>
-static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, const int8_t * w, const float * scale, const float * sum, float kq_scale, float * dst, int64_t stride) {
+static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
     __m512 score[R];
     for (int r = 0; r < R; ++r) {
         score[r] = _mm512_setzero_ps();
@@ -785,7 +811,7 @@ static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, 
         for (int64_t j = 0; j < head_dim/4; ++j) {
             const __m512i u = _mm512_loadu_si512(values + (half*head_dim/4 + j)*64);
             for (int r = 0; r < R; ++r) {
-                dot[r] = _mm512_dpbusd_epi32(dot[r], u, _mm512_set1_epi32(monarch_load_i32(w + r*2*head_dim + half*head_dim + 4*j)));
+                dot[r] = _mm512_dpbusd_epi32(dot[r], u, _mm512_set1_epi32(monarch_load_i32(query->w + r*2*head_dim + half*head_dim + 4*j)));
             }
         }
 
@@ -793,10 +819,10 @@ static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, 
         const __m512 step   = monarch_scales_load(group + half*64 + 32);
 
         for (int r = 0; r < R; ++r) {
-            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_set1_ps(scale[2*r + half]));
+            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_set1_ps(query->scale[r][half]));
 
             score[r] = _mm512_fmadd_ps(product, step,   score[r]);
-            score[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum[2*r + half]), score[r]);
+            score[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(query->sum[r][half]), score[r]);
         }
     }
 
@@ -805,52 +831,191 @@ static inline void monarch_score_group(int64_t head_dim, const uint8_t * group, 
     }
 }
 
-// what the 16 pages' 2-bit values of a part say; rows as int8, without offset
+//
+// scores of parts: what the 2-bit values of three dimensions add to a row's score is looked up in a table of 64
+//
+
+// what a sum may be shifted by and still has 16 bits: half of what the tables add is below or above zero
+static inline int monarch_tables_get_shift(int64_t head_dim) {
+    int res = 0;
+    while (((monarch_tables_count(head_dim)*16 + 1) << (res + 1)) <= INT16_MAX) {
+        ++res;
+    }
+    return res;
+}
+
+// a row's weights in the order of the tables, three to each
+static void monarch_tables_sort(int64_t head_dim, const float * w, float * sorted) {
+    memset(sorted, 0, 3*monarch_tables_count(head_dim)*sizeof(float));
+
+    for (int64_t d = 0; d < head_dim; d += 12) {
+        const int64_t n = MONARCH_MIN(3, (head_dim - d)/4);
+
+        for (int64_t i = 0; i < n; ++i) {
+            memcpy(sorted + 3*i, w + d + 4*i, 3*sizeof(float));
+            sorted[3*n + n - 1 - i] = w[d + 4*i + 3];
+        }
+        sorted += 3*(n + 1);
+    }
+}
+
+// w: of the three dimensions, in steps
+static void monarch_table_fill(const float * w, uint8_t * table) {
+    const __m512 u0 = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    const __m512 u1 = _mm512_setr_ps(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+
+    const float least = 1.5f*(w[0] - fabsf(w[0]) + w[1] - fabsf(w[1]) + w[2] - fabsf(w[2]));
+
+    const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(w[0]), u0, _mm512_fmadd_ps(_mm512_set1_ps(w[1]), u1, _mm512_set1_ps(-least)));
+
+    for (int u2 = 0; u2 < 4; ++u2) {
+        const __m512 value = _mm512_fmadd_ps(_mm512_set1_ps(w[2]), _mm512_set1_ps((float) u2), sum);
+
+        _mm_storeu_si128((__m128i *) (table + 16*u2), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+    }
+}
+
+// a row's tables; a score is scale times what they and bias add up to
+static void monarch_tables_init(const struct monarch_attend * attend, const struct monarch_row * row, uint8_t * tables, float * scale, int16_t * bias) {
+    const int32_t head_dim = attend->op.codec.head_dim;
+    const int64_t n_tables = monarch_tables_count(head_dim);
+
+    float w[2*MONARCH_MAX_HEAD_DIM];
+    monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
+
+    float sorted[MONARCH_MAX_HEAD_DIM + 3];
+    monarch_tables_sort(head_dim, w, sorted);
+
+    float max = 0.0f;
+    float sum = 0.0f;
+    for (int64_t t = 0; t < n_tables; ++t) {
+        const float range = 3.0f*(fabsf(sorted[3*t]) + fabsf(sorted[3*t + 1]) + fabsf(sorted[3*t + 2]));
+
+        max  = range > max ? range : max;
+        sum += range;
+    }
+
+    const float inverse = max > 0.0f ? MONARCH_TABLE_MAX/max : 0.0f;
+    for (int64_t t = 0; t < n_tables; ++t) {
+        for (int i = 0; i < 3; ++i) {
+            sorted[3*t + i] *= inverse;
+        }
+        monarch_table_fill(sorted + 3*t, tables + t*MONARCH_TABLE_SIZE);
+    }
+
+    *scale = max/MONARCH_TABLE_MAX;
+    *bias  = (int16_t) lrintf(-0.5f*inverse*sum);
+}
+
+// one table of each row
 template <int R>
-static inline void monarch_score_part(int64_t head_dim, const uint8_t * values, const int8_t * w, __m512i * dot) {
-    const __m512i low = _mm512_set1_epi8(3);
+static inline void monarch_tables_look_up(__m512i index, const uint8_t * table, int64_t stride, __m512i * sum) {
+    for (int r = 0; r < R; ++r) {
+        sum[r] = _mm512_add_epi8(sum[r], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(table + r*stride)));
+    }
+}
+
+// what four parts of 16 pages add up to as 16 bits, in pairs: the first and third of each page, the second and fourth
+template <int R>
+static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_score_query * query, __m512i sums[2][R]) {
+    const int64_t n_bytes = head_dim/4;
+    const int64_t stride  = monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
+
+    const uint8_t * table = query->tables;
 
     for (int r = 0; r < R; ++r) {
-        dot[r] = _mm512_setzero_si512();
+        sums[0][r] = sums[1][r] = _mm512_set1_epi16(query->bias[r]);
     }
-    for (int64_t j = 0; j < head_dim/16; ++j) {
-        const __m512i codes = _mm512_loadu_si512(values + j*64);
+    for (int64_t i0 = 0; i0 < n_bytes; i0 += MONARCH_TABLE_BYTES) {
+        __m512i sum[R];
+        for (int r = 0; r < R; ++r) {
+            sum[r] = _mm512_setzero_si512();
+        }
+        for (int64_t i = i0; i < MONARCH_MIN(i0 + MONARCH_TABLE_BYTES, n_bytes); i += 3) {
+            __m512i fourth = _mm512_setzero_si512();
 
-        for (int i = 0; i < 4; ++i) {
-            const __m512i u = _mm512_and_si512(_mm512_srli_epi32(codes, 2*i), low);
+            for (int64_t j = i; j < MONARCH_MIN(i + 3, n_bytes); ++j, table += MONARCH_TABLE_SIZE) {
+                const __m512i index = _mm512_loadu_si512(codes + j*64);
+                const __m512i value = _mm512_and_si512(_mm512_srli_epi16(index, 6), _mm512_set1_epi8(3));
 
+                fourth = _mm512_or_si512(_mm512_slli_epi16(fourth, 2), value);
+
+                monarch_tables_look_up<R>(index, table, stride, sum);
+            }
+            monarch_tables_look_up<R>(fourth, table, stride, sum);
+            table += MONARCH_TABLE_SIZE;
+        }
+        for (int r = 0; r < R; ++r) {
+            sums[0][r] = _mm512_add_epi16(sums[0][r], _mm512_and_si512(sum[r], _mm512_set1_epi16(0xff)));
+            sums[1][r] = _mm512_add_epi16(sums[1][r], _mm512_srli_epi16(sum[r], 8));
+        }
+    }
+}
+
+// scales of four parts in the order of their sums, in units of 1/32767 of the group's greatest
+static inline void monarch_parts_get_scales(const uint8_t * codes, float greatest, __m512i * scales, __mmask32 * full) {
+    const __m512 factor = _mm512_set1_ps(32767.0f/greatest);
+
+    __m512i code [4];
+    __m512i scale[4];
+    for (int i = 0; i < 4; ++i) {
+        code[i] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (codes + i*MONARCH_SUMMARY_GROUP)));
+
+        const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(code[i], _mm512_set1_epi32(MONARCH_SCALE_CODE_BIAS)), 20);
+
+        scale[i] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(bits), factor));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512i pair = _mm512_or_si512(code[i], _mm512_slli_epi32(code[i + 2], 16));
+
+        scales[i] = _mm512_or_si512(scale[i], _mm512_slli_epi32(scale[i + 2], 16));
+        full  [i] = _mm512_test_epi16_mask(pair, pair);
+    }
+}
+
+static inline float monarch_parts_find_greatest(const uint8_t * codes) {
+    uint8_t res = 1;
+    for (int i = 0; i < MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP; ++i) {
+        res = codes[i] > res ? codes[i] : res;
+    }
+    return monarch_summary_decode_scale(res);
+}
+
+// scores of 16 pages for R rows
+template <int R>
+static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
+    const uint8_t * codes = group + monarch_summary_scale_at(0, 0);
+    const float  greatest = monarch_parts_find_greatest(codes);
+    const int      shift  = monarch_tables_get_shift(head_dim);
+
+    __m512i best[R];
+    for (int r = 0; r < R; ++r) {
+        best[r] = _mm512_set1_epi16(INT16_MIN);
+    }
+
+    for (int i0 = 0; i0 < MONARCH_SUMMARY_PARTS; i0 += 4) {
+        __m512i sums[2][R];
+        monarch_parts_add<R>(head_dim, group + monarch_summary_code_at(head_dim, i0, 0, 0), query, sums);
+
+        __m512i   scales[2];
+        __mmask32 full  [2];
+        monarch_parts_get_scales(codes + monarch_summary_scale_at(i0, 0), greatest, scales, full);
+
+        for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < R; ++r) {
-                dot[r] = _mm512_dpbusd_epi32(dot[r], u, _mm512_set1_epi32(monarch_load_i32(w + r*2*head_dim + 16*j + 4*i)));
+                const __m512i sum = _mm512_slli_epi16(sums[i][r], shift);
+
+                best[r] = _mm512_max_epi16(best[r], _mm512_mask_mulhrs_epi16(best[r], full[i], sum, scales[i]));
             }
         }
     }
-}
 
-// scores of 16 pages for R rows; sum: of a row's weights
-template <int R>
-static inline void monarch_score_parts(int64_t head_dim, const uint8_t * group, const int8_t * w, const float * scale, const float * sum, float kq_scale, float * dst, int64_t stride) {
-    __m512 score[R];
+    const float unit = kq_scale*greatest*(32768.0f/32767.0f)/(float) (1 << shift);
     for (int r = 0; r < R; ++r) {
-        score[r] = _mm512_set1_ps(-INFINITY);
-    }
+        const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(best[r], 16), 16);
+        const __m512i odd  = _mm512_srai_epi32(best[r], 16);
 
-    for (int i = 0; i < MONARCH_SUMMARY_PARTS; ++i) {
-        __m512i dot[R];
-        monarch_score_part<R>(head_dim, group + monarch_summary_code_at(head_dim, i, 0, 0), w, dot);
-
-        const __m512i   codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (group + monarch_summary_scale_at(i, 0))));
-        const __mmask16 full  = _mm512_test_epi32_mask(codes, codes);
-        const __m512    part  = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(MONARCH_SCALE_CODE_BIAS)), 20));
-
-        for (int r = 0; r < R; ++r) {
-            const __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_set1_ps(scale[2*r]), _mm512_set1_ps(-1.5f*sum[2*r]));
-
-            score[r] = _mm512_mask_max_ps(score[r], full, score[r], _mm512_mul_ps(product, part));
-        }
-    }
-
-    for (int r = 0; r < R; ++r) {
-        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(score[r], _mm512_set1_ps(kq_scale)));
+        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_max_epi32(even, odd)), _mm512_set1_ps(unit*query->scale[r][0])));
     }
 }
 
@@ -883,6 +1048,39 @@ static void monarch_score_gather(const struct monarch_attend * attend, const str
     }
 }
 
+typedef void (*monarch_score_kernel)(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride);
+
+// for at least n rows
+static monarch_score_kernel monarch_score_find_kernel(int32_t scorer, int64_t n) {
+    if (scorer == MONARCH_SCORER_PARTS) {
+        return n > 4 ? monarch_score_parts<8> : n > 1 ? monarch_score_parts<4> : monarch_score_parts<1>;
+    }
+    return n > 4 ? monarch_score_group<8> : n > 1 ? monarch_score_group<4> : monarch_score_group<1>;
+}
+
+// of n rows; those that a kernel takes with them weigh nothing
+static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_avx512_work * avx512, struct monarch_score_query * query) {
+    const int32_t head_dim  = attend->op.codec.head_dim;
+    const int64_t n_tables  = monarch_tables_count(head_dim);
+    const bool    has_parts = attend->op.scorer == MONARCH_SCORER_PARTS;
+
+    memset(query, 0, sizeof(*query));
+    query->w      = avx512->q;
+    query->tables = avx512->tables;
+
+    if (n < MONARCH_SCORE_ROWS) {
+        memset(query->w,      0, MONARCH_SCORE_ROWS*2*head_dim);
+        memset(query->tables, 0, MONARCH_SCORE_ROWS*n_tables*MONARCH_TABLE_SIZE);
+    }
+    for (int64_t r = 0; r < n; ++r) {
+        if (has_parts) {
+            monarch_tables_init(attend, &rows[r], query->tables + r*n_tables*MONARCH_TABLE_SIZE, query->scale[r], &query->bias[r]);
+        } else {
+            monarch_score_quantize(attend, &rows[r], query->w + r*2*head_dim, query->scale[r], query->sum[r]);
+        }
+    }
+}
+
 static void monarch_avx512_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
@@ -890,8 +1088,6 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
     const int64_t group_size = monarch_summary_offset(head_dim, attend->n_pages_max, 0, MONARCH_SUMMARY_GROUP);
-
-    const auto score_group = attend->op.scorer == MONARCH_SCORER_PARTS ? monarch_score_parts<MONARCH_SCORE_ROWS> : monarch_score_group<MONARCH_SCORE_ROWS>;
 
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
@@ -911,25 +1107,22 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_SCORE_ROWS) {
         const int64_t n = MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir);
 
-        float scale[2*MONARCH_SCORE_ROWS] = { 0 };
-        float sum  [2*MONARCH_SCORE_ROWS] = { 0 };
+        const auto score_group = monarch_score_find_kernel(attend->op.scorer, n);
 
-        memset(avx512.q, 0, MONARCH_SCORE_ROWS*2*head_dim);
-        for (int64_t r = 0; r < n; ++r) {
-            monarch_score_quantize(attend, &work->rows[ir + r], avx512.q + r*2*head_dim, scale + 2*r, sum + 2*r);
-        }
+        struct monarch_score_query query;
+        monarch_score_query_init(attend, &work->rows[ir], n, &avx512, &query);
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (avx512.used[g]) {
                 const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
 
                 monarch_cold_prefetch(group + group_size, group_size);
-                score_group(head_dim, group, avx512.q, scale, sum, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
+                score_group(head_dim, group, &query, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, monarch_scores_stride(attend->n_pages_max));
             }
         }
 
         for (int64_t r = 0; r < n; ++r) {
-            monarch_score_gather(attend, &avx512, i0, i1, avx512.scores + r*attend->n_pages_max, work->rows[ir + r].mass);
+            monarch_score_gather(attend, &avx512, i0, i1, avx512.scores + r*monarch_scores_stride(attend->n_pages_max), work->rows[ir + r].mass);
         }
     }
 }

@@ -17,6 +17,7 @@
 typedef float32x4_t monarch_f32;
 typedef int32x4_t   monarch_i32;
 typedef int8x16_t   monarch_i8;
+typedef uint16x8_t  monarch_i16;
 
 static inline monarch_f32 monarch_f32_load    (const float * src)                           { return vld1q_f32(src); }
 static inline monarch_f32 monarch_f32_load_f16(const void * src)                            { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8((const uint8_t *) src))); }
@@ -59,6 +60,18 @@ static inline monarch_i8 monarch_i8_low   (monarch_i8 a)                       {
 static inline monarch_i8 monarch_i8_high  (monarch_i8 a)                       { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a), 4)); }
 static inline monarch_i8 monarch_i8_table (const int8_t * src)                 { return vld1q_s8(src); }
 static inline monarch_i8 monarch_i8_lookup(monarch_i8 table, monarch_i8 index) { return vqtbl1q_s8(table, vreinterpretq_u8_s8(index)); }
+static inline monarch_i8 monarch_i8_add   (monarch_i8 a, monarch_i8 b)         { return vaddq_s8(a, b); }
+
+static inline monarch_i16 monarch_i16_set1(uint16_t a)                   { return vdupq_n_u16(a); }
+static inline monarch_i16 monarch_i16_add (monarch_i16 a, monarch_i16 b) { return vaddq_u16(a, b); }
+static inline monarch_i16 monarch_i16_even(monarch_i8 a)                 { return vandq_u16(vreinterpretq_u16_s8(a), vdupq_n_u16(0xff)); }
+static inline monarch_i16 monarch_i16_odd (monarch_i8 a)                 { return vshrq_n_u16(vreinterpretq_u16_s8(a), 8); }
+
+static inline monarch_f32 monarch_i16_to_f32(monarch_i16 a, int i) {
+    const uint32x4_t pairs = vreinterpretq_u32_u16(a);
+
+    return vcvtq_f32_u32(i == 0 ? vandq_u32(pairs, vdupq_n_u32(0xffff)) : vshrq_n_u32(pairs, 16));
+}
 
 static inline monarch_i8 monarch_i8_bits(const uint8_t * src, int i_quarter) {
     const uint8x16_t bits = vshlq_u8(vld1q_u8(src), vdupq_n_s8((int8_t) (-2*i_quarter)));

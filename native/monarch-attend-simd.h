@@ -10,7 +10,8 @@
 //   monarch_i8       [4*MONARCH_LANES]  load, set1, set4 (four bytes to every lane), or, xor, negate (where the bit of the code is set),
 //                                       low, high (the nibble of each byte),
 //                                       bits (of 64 packed pairs of bits, those of the quarters that start at i_quarter),
-//                                       table (16 bytes), lookup (of indices in a table), select (bit of the code set ? a : b)
+//                                       table (16 bytes), lookup (of indices in a table), select (bit of the code set ? a : b), add
+//   monarch_i16      [2*MONARCH_LANES]  set1, add, even, odd (unsigned bytes of a monarch_i8), to_f32 (of each pair the first or the second)
 //   monarch_dot      c + products of four neighbours: a of -128 to 127, b of -127 to 127
 //   monarch_dot_u7   the same for a of 0 to 127, which some processors do faster
 //   monarch_round    MONARCH_TILE floats to bytes
@@ -39,6 +40,11 @@
 
 #define MONARCH_MIN(a, b) ((a) < (b) ? (a) : (b))
 
+// of what two 2-bit values add to a score: the sum over as many bytes of codes as MONARCH_TABLE_BYTES, eight tables, fits into a byte
+#define MONARCH_TABLE_SIZE  16
+#define MONARCH_TABLE_MAX   31.0f
+#define MONARCH_TABLE_BYTES 4
+
 struct monarch_simd_work {
     int8_t * q;       // [n_rows][head_dim] quantised queries, in the order of the K codes; summary weights while scoring
     float  * q_scale; // [n_rows]
@@ -50,6 +56,7 @@ struct monarch_simd_work {
     float  * k_rows;  // [MONARCH_TILE][head_dim] hot K
     float  * k;       // [head_dim][MONARCH_TILE]
     float  * v;       // [MONARCH_TILE][head_dim]
+    int8_t * tables;  // [MONARCH_ROWS][head_dim/2][MONARCH_TABLE_SIZE] of summary weights
     float  * scores;  // [MONARCH_ROWS][n_pages_max] by physical page
     float  * log_n;   // [n_pages_max] logarithm of a page's tokens
     uint8_t * used;   // [n_pages_max/16] groups of summaries to be scored
@@ -79,6 +86,7 @@ static size_t monarch_simd_work_init(struct monarch_simd_work * simd, char * bas
     simd->k_rows  = (float  *) monarch_simd_take(&ptr, head_dim*f_tile);
     simd->k       = (float  *) monarch_simd_take(&ptr, head_dim*f_tile);
     simd->v       = (float  *) monarch_simd_take(&ptr, head_dim*f_tile);
+    simd->tables  = (int8_t *) monarch_simd_take(&ptr, MONARCH_ROWS*head_dim/2*MONARCH_TABLE_SIZE);
     simd->scores  = (float  *) monarch_simd_take(&ptr, MONARCH_ROWS*n_pages_max*sizeof(float));
     simd->log_n   = (float  *) monarch_simd_take(&ptr, n_pages_max*sizeof(float));
     simd->used    = (uint8_t *) monarch_simd_take(&ptr, n_pages_max/MONARCH_SUMMARY_GROUP);
@@ -648,17 +656,18 @@ static void monarch_simd_cold(const struct monarch_attend * attend, int64_t head
 // scores
 //
 
-// a row's weights of the two halves of a summary as int8
-struct monarch_simd_query {
-    float   scale[2];
-    float   sum  [2]; // of the weights
-    int32_t bias [2]; // what taking 128 from the values takes from the dot product
+// of the rows that are scored together
+struct monarch_score_query {
+    const int8_t * w;                      // [MONARCH_ROWS][2*head_dim] weights of both halves
+    const int8_t * tables;                 // [MONARCH_ROWS][head_dim/2][MONARCH_TABLE_SIZE] of parts
+    float          scale[MONARCH_ROWS][2]; // of w, or of the tables
+    float          sum  [MONARCH_ROWS][2]; // of the weights, or what the tables lack
+    int32_t        bias [MONARCH_ROWS][2]; // what taking 128 from the values takes from the dot product
 };
 
-static struct monarch_simd_query monarch_score_quantize(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * dst) {
+// weights of a row's summary dot product as int8; both halves have their own scale
+static void monarch_score_quantize(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * dst, float * scale, float * sum, int32_t * bias) {
     const int32_t head_dim = attend->op.codec.head_dim;
-
-    struct monarch_simd_query res = {};
 
     float w[2*MONARCH_MAX_HEAD_DIM];
     monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
@@ -669,21 +678,20 @@ static struct monarch_simd_query monarch_score_quantize(const struct monarch_att
         float max = 0.0f;
         for (int32_t i = 0; i < head_dim; ++i) {
             max = fabsf(src[i]) > max ? fabsf(src[i]) : max;
-            res.sum[half] += src[i];
+            sum[half] += src[i];
         }
 
         const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
         for (int32_t i = 0; i < head_dim; ++i) {
             dst[half*head_dim + i] = (int8_t) lrintf(inverse*src[i]);
-            res.bias[half] += 128*dst[half*head_dim + i];
+            bias[half] += 128*dst[half*head_dim + i];
         }
-        res.scale[half] = max/127.0f;
+        scale[half] = max/127.0f;
     }
-    return res;
 }
 
 // scores of 16 pages for MONARCH_ROWS rows
-static inline void monarch_score_group(const struct monarch_attend * attend, const uint8_t * group, const int8_t * w, const struct monarch_simd_query * queries, float * dst, int64_t stride) {
+static void monarch_score_group(const struct monarch_attend * attend, const uint8_t * group, const struct monarch_score_query * query, float * dst, int64_t stride) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
     const uint8_t * values = group + 4*MONARCH_SUMMARY_GROUP*sizeof(ggml_fp16_t);
@@ -704,10 +712,10 @@ static inline void monarch_score_group(const struct monarch_attend * attend, con
         for (int half = 0; half < 2; ++half) {
             monarch_i32 acc[MONARCH_ROWS];
             for (int r = 0; r < MONARCH_ROWS; ++r) {
-                acc[r] = monarch_i32_set1(queries[r].bias[half]);
+                acc[r] = monarch_i32_set1(query->bias[r][half]);
             }
 
-            monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x[half] + i, w + half*head_dim, 2*head_dim, acc);
+            monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x[half] + i, query->w + half*head_dim, 2*head_dim, acc);
 
             const uint8_t * head = group + half*64 + i*MONARCH_LANES*sizeof(ggml_fp16_t);
 
@@ -715,10 +723,10 @@ static inline void monarch_score_group(const struct monarch_attend * attend, con
             const monarch_f32 step   = monarch_f32_load_f16(head + MONARCH_SUMMARY_GROUP*sizeof(ggml_fp16_t));
 
             for (int r = 0; r < MONARCH_ROWS; ++r) {
-                const monarch_f32 product = monarch_f32_mul(monarch_i32_to_f32(acc[r]), monarch_f32_set1(queries[r].scale[half]));
+                const monarch_f32 product = monarch_f32_mul(monarch_i32_to_f32(acc[r]), monarch_f32_set1(query->scale[r][half]));
 
                 score[r] = monarch_f32_fma(product, step,   score[r]);
-                score[r] = monarch_f32_fma(offset, monarch_f32_set1(queries[r].sum[half]), score[r]);
+                score[r] = monarch_f32_fma(offset, monarch_f32_set1(query->sum[r][half]), score[r]);
             }
         }
 
@@ -728,66 +736,139 @@ static inline void monarch_score_group(const struct monarch_attend * attend, con
     }
 }
 
-// the 2-bit values of 16 pages of a part as bytes: of a nibble the first or the second two bits
-static inline void monarch_score_unpack(int64_t head_dim, const uint8_t * values, monarch_i8 * x) {
-    static const int8_t first [16] = { 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3 };
-    static const int8_t second[16] = { 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3 };
+//
+// scores of parts: what the 2-bit values of two dimensions add to a row's score is looked up in a table of 16
+//
 
-    const monarch_i8 tables[2] = { monarch_i8_table(first), monarch_i8_table(second) };
+// w: of the two dimensions, in steps
+static void monarch_table_fill(const float * w, int8_t * table) {
+    const float least = 1.5f*(w[0] - fabsf(w[0]) + w[1] - fabsf(w[1]));
 
-    for (int64_t j = 0; j < head_dim/16; ++j) {
-        for (int64_t i = 0; i < MONARCH_VECTORS; ++i) {
-            const monarch_i8 codes = monarch_i8_load(values + j*4*MONARCH_TILE + i*4*MONARCH_LANES);
-            const monarch_i8 nibbles[2] = { monarch_i8_low(codes), monarch_i8_high(codes) };
+    for (int32_t i = 0; i < MONARCH_TABLE_SIZE; ++i) {
+        table[i] = (int8_t) (w[0]*(float) (i%4) + w[1]*(float) (i/4) - least + 0.5f);
+    }
+}
 
-            for (int k = 0; k < 4; ++k) {
-                x[(4*j + k)*MONARCH_VECTORS + i] = monarch_i8_lookup(tables[k%2], nibbles[k/2]);
+// a row's tables; a score is scale times what they add up to, and offset
+static void monarch_tables_init(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * tables, float * scale, float * offset) {
+    const int32_t head_dim = attend->op.codec.head_dim;
+
+    float w[2*MONARCH_MAX_HEAD_DIM];
+    monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
+
+    float max = 0.0f;
+    float sum = 0.0f;
+    for (int32_t d = 0; d < head_dim; d += 2) {
+        const float range = 3.0f*(fabsf(w[d]) + fabsf(w[d + 1]));
+
+        max  = range > max ? range : max;
+        sum += range;
+    }
+
+    const float inverse = max > 0.0f ? MONARCH_TABLE_MAX/max : 0.0f;
+    for (int32_t d = 0; d < head_dim; d += 2) {
+        const float steps[2] = { inverse*w[d], inverse*w[d + 1] };
+
+        monarch_table_fill(steps, tables + d/2*MONARCH_TABLE_SIZE);
+    }
+
+    *scale  = max/MONARCH_TABLE_MAX;
+    *offset = -0.5f*sum;
+}
+
+// what four parts of MONARCH_LANES pages add up to, in pairs: the first and third of each page, the second and fourth
+static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_score_query * query, monarch_i16 sums[2][MONARCH_ROWS]) {
+    const int64_t n_bytes = head_dim/4;
+    const int64_t stride  = head_dim/2*MONARCH_TABLE_SIZE;
+
+    const int8_t * table = query->tables;
+
+    for (int r = 0; r < MONARCH_ROWS; ++r) {
+        sums[0][r] = sums[1][r] = monarch_i16_set1(0);
+    }
+    for (int64_t i0 = 0; i0 < n_bytes; i0 += MONARCH_TABLE_BYTES) {
+        monarch_i8 sum[MONARCH_ROWS];
+        for (int r = 0; r < MONARCH_ROWS; ++r) {
+            sum[r] = monarch_i8_set1(0);
+        }
+        for (int64_t i = i0; i < MONARCH_MIN(i0 + MONARCH_TABLE_BYTES, n_bytes); ++i) {
+            const monarch_i8 index = monarch_i8_load(codes + i*4*MONARCH_TILE);
+            const monarch_i8 low   = monarch_i8_low (index);
+            const monarch_i8 high  = monarch_i8_high(index);
+
+            for (int r = 0; r < MONARCH_ROWS; ++r) {
+                sum[r] = monarch_i8_add(sum[r], monarch_i8_lookup(monarch_i8_table(table + r*stride),                      low));
+                sum[r] = monarch_i8_add(sum[r], monarch_i8_lookup(monarch_i8_table(table + r*stride + MONARCH_TABLE_SIZE), high));
             }
+            table += 2*MONARCH_TABLE_SIZE;
+        }
+        for (int r = 0; r < MONARCH_ROWS; ++r) {
+            sums[0][r] = monarch_i16_add(sums[0][r], monarch_i16_even(sum[r]));
+            sums[1][r] = monarch_i16_add(sums[1][r], monarch_i16_odd (sum[r]));
         }
     }
 }
 
 // scores of 16 pages for MONARCH_ROWS rows
-static inline void monarch_score_parts(const struct monarch_attend * attend, const uint8_t * group, const int8_t * w, const struct monarch_simd_query * queries, float * dst, int64_t stride) {
+static void monarch_score_parts(const struct monarch_attend * attend, const uint8_t * group, const struct monarch_score_query * query, float * dst, int64_t stride) {
     const int32_t head_dim = attend->op.codec.head_dim;
 
-    float scales [MONARCH_TILE];
-    float offsets[MONARCH_TILE];
+    float scales [MONARCH_SUMMARY_PARTS*MONARCH_TILE];
+    float offsets[MONARCH_SUMMARY_PARTS*MONARCH_TILE];
+    for (int32_t i = 0; i < MONARCH_SUMMARY_PARTS*MONARCH_TILE; ++i) {
+        const uint8_t code = group[monarch_summary_scale_at(0, 0) + i];
 
-    for (int64_t r = 0; r < MONARCH_ROWS; ++r) {
-        for (int64_t i = 0; i < MONARCH_TILE; ++i) {
-            dst[r*stride + i] = -INFINITY;
-        }
+        scales [i] = code ? attend->op.kq_scale*monarch_summary_decode_scale(code) : 0.0f;
+        offsets[i] = code ? 0.0f : -INFINITY;
     }
 
-    for (int32_t i_part = 0; i_part < MONARCH_SUMMARY_PARTS; ++i_part) {
-        monarch_i8 x[MONARCH_MAX_HEAD_DIM/4*MONARCH_VECTORS];
-        monarch_score_unpack(head_dim, group + monarch_summary_code_at(head_dim, i_part, 0, 0), x);
-
-        for (int32_t i = 0; i < MONARCH_TILE; ++i) {
-            const uint8_t code = group[monarch_summary_scale_at(i_part, i)];
-
-            scales [i] = code ? attend->op.kq_scale*monarch_summary_decode_scale(code) : 0.0f;
-            offsets[i] = code ? 0.0f : -INFINITY;
+    for (int i = 0; i < MONARCH_VECTORS; ++i) {
+        monarch_f32 score[MONARCH_ROWS];
+        for (int r = 0; r < MONARCH_ROWS; ++r) {
+            score[r] = monarch_f32_set1(-INFINITY);
         }
 
-        for (int i = 0; i < MONARCH_VECTORS; ++i) {
-            monarch_i32 acc[MONARCH_ROWS];
-            for (int r = 0; r < MONARCH_ROWS; ++r) {
-                acc[r] = monarch_i32_set1(0);
+        for (int i0 = 0; i0 < MONARCH_SUMMARY_PARTS; i0 += 4) {
+            monarch_i16 sums[2][MONARCH_ROWS];
+            monarch_parts_add(head_dim, group + monarch_summary_code_at(head_dim, i0, 0, 0) + i*4*MONARCH_LANES, query, sums);
+
+            for (int j = 0; j < 4; ++j) {
+                const monarch_f32 scale  = monarch_f32_load(scales  + (i0 + j)*MONARCH_TILE + i*MONARCH_LANES);
+                const monarch_f32 offset = monarch_f32_load(offsets + (i0 + j)*MONARCH_TILE + i*MONARCH_LANES);
+
+                for (int r = 0; r < MONARCH_ROWS; ++r) {
+                    const monarch_f32 product = monarch_f32_fma(monarch_i16_to_f32(sums[j%2][r], j/2), monarch_f32_set1(query->scale[r][0]), monarch_f32_set1(query->sum[r][0]));
+
+                    score[r] = monarch_f32_max(score[r], monarch_f32_fma(product, scale, offset));
+                }
             }
+        }
 
-            monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x + i, w, 2*head_dim, acc);
+        for (int r = 0; r < MONARCH_ROWS; ++r) {
+            monarch_f32_store(dst + r*stride + i*MONARCH_LANES, score[r]);
+        }
+    }
+}
 
-            for (int r = 0; r < MONARCH_ROWS; ++r) {
-                float * score = dst + r*stride + i*MONARCH_LANES;
+// of n rows; those that the kernels take with them weigh nothing
+static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_simd_work * simd, struct monarch_score_query * query) {
+    const int32_t head_dim  = attend->op.codec.head_dim;
+    const int64_t n_table   = head_dim/2*MONARCH_TABLE_SIZE;
+    const bool    has_parts = attend->op.scorer == MONARCH_SCORER_PARTS;
 
-                const monarch_f32 product = monarch_f32_fma(monarch_i32_to_f32(acc[r]), monarch_f32_set1(queries[r].scale[0]), monarch_f32_set1(-1.5f*queries[r].sum[0]));
+    memset(query, 0, sizeof(*query));
+    query->w      = simd->q;
+    query->tables = simd->tables;
 
-                const monarch_f32 logits  = monarch_f32_fma(product, monarch_f32_load(scales + i*MONARCH_LANES), monarch_f32_load(offsets + i*MONARCH_LANES));
-
-                monarch_f32_store(score, monarch_f32_max(monarch_f32_load(score), logits));
-            }
+    if (n < MONARCH_ROWS) {
+        memset(simd->q,      0, MONARCH_ROWS*2*head_dim);
+        memset(simd->tables, 0, MONARCH_ROWS*n_table);
+    }
+    for (int64_t r = 0; r < n; ++r) {
+        if (has_parts) {
+            monarch_tables_init(attend, &rows[r], simd->tables + r*n_table, query->scale[r], query->sum[r]);
+        } else {
+            monarch_score_quantize(attend, &rows[r], simd->q + r*2*head_dim, query->scale[r], query->sum[r], query->bias[r]);
         }
     }
 }
@@ -816,17 +897,13 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
     for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_ROWS) {
         const int64_t n = MONARCH_MIN(MONARCH_ROWS, work->n_rows - ir);
 
-        struct monarch_simd_query queries[MONARCH_ROWS] = {};
-
-        memset(simd.q, 0, MONARCH_ROWS*2*head_dim);
-        for (int64_t r = 0; r < n; ++r) {
-            queries[r] = monarch_score_quantize(attend, &work->rows[ir + r], simd.q + r*2*head_dim);
-        }
+        struct monarch_score_query query;
+        monarch_score_query_init(attend, &work->rows[ir], n, &simd, &query);
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (simd.used[g]) {
                 score_group(attend, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
-                        simd.q, queries, simd.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
+                        &query, simd.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }
 

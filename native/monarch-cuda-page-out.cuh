@@ -343,12 +343,10 @@ MONARCH_DEVICE void monarch_page_summarize_parts(
 
         const float product = monarch_summary_sum_products(head_dim, mean, x);
 
-        for (int32_t j = threadIdx.x; j < head_dim/4; j += blockDim.x) {
-            const int32_t d = j/4*16 + j%4;
-
+        for (int32_t d = 4*threadIdx.x; d < head_dim; d += 4*blockDim.x) {
             uint8_t codes = 0;
             for (int32_t i = 0; i < 4; ++i) {
-                codes |= (int32_t) (x[d + 4*i] + 1.5f) << monarch_summary_code_shift(d + 4*i);
+                codes |= (int32_t) (x[d + i] + 1.5f) << monarch_summary_code_shift(d + i);
             }
             group[monarch_summary_code_at(head_dim, i_part, d, i_page)] = codes;
         }

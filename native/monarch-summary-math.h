@@ -117,11 +117,11 @@ MONARCH_HD static inline size_t monarch_summary_scale_at(int32_t i_part, int32_t
 
 // the byte that dimension d shares with three others, and where in it
 MONARCH_HD static inline size_t monarch_summary_code_at(int32_t head_dim, int32_t i_part, int32_t d, int32_t i_page) {
-    return MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP + ((i_part*head_dim + d)/16*MONARCH_SUMMARY_GROUP + i_page)*4 + d%4;
+    return MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP + ((i_part/4*head_dim + d)/4*MONARCH_SUMMARY_GROUP + i_page)*4 + i_part%4;
 }
 
 MONARCH_HD static inline int32_t monarch_summary_code_shift(int32_t d) {
-    return d%16/4*2;
+    return d%4*2;
 }
 
 // 2^-20 to 3840: what keys are, and more than enough to tell them apart

@@ -95,14 +95,13 @@ static void encode_part(int32_t head_dim, int32_t n_tokens, const float * k, uin
     const float sum  = monarch_summary_sum_products(head_dim, x, x);
     const float step = monarch_summary_get_step(head_dim, sum);
 
-    for (int32_t d = 0; d < head_dim; d += 16) {
-        memset(group + monarch_summary_code_at(head_dim, i_part, d, i_page), 0, 4);
-    }
     for (int32_t d = 0; d < head_dim; ++d) {
-        const int32_t u = monarch_summary_encode_code(x[d], step);
+        const int32_t u     = monarch_summary_encode_code(x[d], step);
+        const int32_t shift = monarch_summary_code_shift(d);
 
-        group[monarch_summary_code_at(head_dim, i_part, d, i_page)] |= u << monarch_summary_code_shift(d);
+        uint8_t * codes = group + monarch_summary_code_at(head_dim, i_part, d, i_page);
 
+        *codes   = (shift == 0 ? 0 : *codes) | u << shift;
         value[d] = (float) u - 1.5f;
     }
 

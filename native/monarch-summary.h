@@ -18,9 +18,9 @@
 // parts: part i holds the tokens from i*n/8 to (i + 1)*n/8 of the n that are valid (of 16: pairs), rotated like the codec's K:
 //
 //   u8  scale[8][16]                                     5 bits of exponent, 3 of mantissa; 0: a part without tokens
-//   u8  value[8][head_dim/16][16][4]                     dimension d of a part: bits d%16/4*2 of byte d%4 of its quad d/16
+//   u8  value[2][head_dim/4][16][4]                      four dimensions, 2 bits each, of four parts of every page
 //
-//   a value u stands for scale*(u - 1.5)
+//   a value u stands for scale*(u - 1.5); 64 bytes are 64 indices of tables that say what these dimensions add to a score
 //
 // minmax and meanstd are a dot product of a query vector of 2*head_dim weights with the summary, parts the greatest of eight:
 //   minmax   sum_d max(q_d min_d, q_d max_d)        Quest, arXiv:2406.10774
