@@ -411,7 +411,8 @@ def _encode_part(x: np.ndarray) -> tuple[np.uint8, np.ndarray]:
 def _encode_parts(x: np.ndarray) -> bytes:
     borders = [i * len(x) // N_PARTS for i in range(N_PARTS + 1)]
     parts = [_encode_part(x[begin:end]) for begin, end in itertools.pairwise(borders)]
-    codes = np.array([codes for _, codes in parts]).reshape(2, N_PARTS // 2, -1, 4)  # [four parts, part, byte, dimension]
+    # [which four parts, part of these, byte, dimension of the byte]
+    codes = np.array([codes for _, codes in parts]).reshape(2, N_PARTS // 2, -1, 4)
     packed = (codes << SHIFTS).sum(-1, dtype=np.uint8).transpose(0, 2, 1)
     return bytes(scale for scale, _ in parts) + packed.tobytes()
 

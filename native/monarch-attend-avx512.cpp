@@ -952,18 +952,26 @@ static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, co
     }
 }
 
-// scales of four parts in the order of their sums, in units of 1/32767 of the group's greatest
-static inline void monarch_parts_get_scales(const uint8_t * codes, float greatest, __m512i * scales, __mmask32 * full) {
-    const __m512 factor = _mm512_set1_ps(32767.0f/greatest);
+static inline __m512 monarch_scales_decode(__m512i codes) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(MONARCH_SCALE_CODE_BIAS)), 20));
+}
 
+// of each page; what other pages lie in the group changes nothing
+static inline __m512 monarch_parts_find_greatest(const uint8_t * codes) {
+    __m128i res = _mm_set1_epi8(1);
+    for (int i = 0; i < MONARCH_SUMMARY_PARTS; ++i) {
+        res = _mm_max_epu8(res, _mm_loadu_si128((const __m128i *) (codes + i*MONARCH_SUMMARY_GROUP)));
+    }
+    return monarch_scales_decode(_mm512_cvtepu8_epi32(res));
+}
+
+// scales of four parts in the order of their sums; factor: to units of 1/32767 of the page's greatest
+static inline void monarch_parts_get_scales(const uint8_t * codes, __m512 factor, __m512i * scales, __mmask32 * full) {
     __m512i code [4];
     __m512i scale[4];
     for (int i = 0; i < 4; ++i) {
-        code[i] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (codes + i*MONARCH_SUMMARY_GROUP)));
-
-        const __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(code[i], _mm512_set1_epi32(MONARCH_SCALE_CODE_BIAS)), 20);
-
-        scale[i] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_castsi512_ps(bits), factor));
+        code [i] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (codes + i*MONARCH_SUMMARY_GROUP)));
+        scale[i] = _mm512_cvtps_epi32(_mm512_mul_ps(monarch_scales_decode(code[i]), factor));
     }
     for (int i = 0; i < 2; ++i) {
         const __m512i pair = _mm512_or_si512(code[i], _mm512_slli_epi32(code[i + 2], 16));
@@ -973,24 +981,17 @@ static inline void monarch_parts_get_scales(const uint8_t * codes, float greates
     }
 }
 
-static inline float monarch_parts_find_greatest(const uint8_t * codes) {
-    uint8_t res = 1;
-    for (int i = 0; i < MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP; ++i) {
-        res = codes[i] > res ? codes[i] : res;
-    }
-    return monarch_summary_decode_scale(res);
-}
-
 // scores of 16 pages for R rows
 template <int R>
 static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
     const uint8_t * codes = group + monarch_summary_scale_at(0, 0);
-    const float  greatest = monarch_parts_find_greatest(codes);
-    const int      shift  = monarch_tables_get_shift(head_dim);
+    const int       shift = monarch_tables_get_shift(head_dim);
+    const __m512 greatest = monarch_parts_find_greatest(codes);
+    const __m512   factor = _mm512_div_ps(_mm512_set1_ps(32767.0f), greatest);
 
     __m512i best[R];
     for (int r = 0; r < R; ++r) {
-        best[r] = _mm512_set1_epi16(INT16_MIN);
+        best[r] = _mm512_set1_epi16(INT16_MIN); // of a page without tokens
     }
 
     for (int i0 = 0; i0 < MONARCH_SUMMARY_PARTS; i0 += 4) {
@@ -999,7 +1000,7 @@ static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const s
 
         __m512i   scales[2];
         __mmask32 full  [2];
-        monarch_parts_get_scales(codes + monarch_summary_scale_at(i0, 0), greatest, scales, full);
+        monarch_parts_get_scales(codes + monarch_summary_scale_at(i0, 0), factor, scales, full);
 
         for (int i = 0; i < 2; ++i) {
             for (int r = 0; r < R; ++r) {
@@ -1010,12 +1011,12 @@ static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const s
         }
     }
 
-    const float unit = kq_scale*greatest*(32768.0f/32767.0f)/(float) (1 << shift);
+    const __m512 unit = _mm512_mul_ps(greatest, _mm512_set1_ps(kq_scale*(32768.0f/32767.0f)/(float) (1 << shift)));
     for (int r = 0; r < R; ++r) {
         const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(best[r], 16), 16);
         const __m512i odd  = _mm512_srai_epi32(best[r], 16);
 
-        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_max_epi32(even, odd)), _mm512_set1_ps(unit*query->scale[r][0])));
+        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_max_epi32(even, odd)), _mm512_mul_ps(unit, _mm512_set1_ps(query->scale[r][0]))));
     }
 }
 

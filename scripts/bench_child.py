@@ -1,16 +1,18 @@
 """One arm of bench_cpu.py: runs in a process of its own on the library that LLAMA_CPP_LIB_PATH names.
 
-Argument: a JSON object with model, depth, n_gen, n_prompt, n_threads, type, flash_attn, v_trans and fill. The context
-is filled to the depth, then single tokens and one prompt batch are timed there. fill is "state" (a synthetic sequence
+Argument: a JSON object with patched, model, depth, n_gen, n_prompt, n_threads, type, flash_attn, v_trans and fill. The
+context is filled to the depth, then single tokens and one prompt batch are timed there. fill is "state" (a synthetic sequence
 state in stock's format is restored, the same values in every arm) or "prefill" (random tokens are decoded).
 Prints one JSON object.
 """
 
 import ctypes
 import json
-import resource
+import re
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -72,6 +74,7 @@ class Context:
         self.model = llama_cpp.llama_model_load_from_file(
             config["model"].encode(), llama_cpp.llama_model_default_params()
         )
+        self.model_bytes = memory_bytes("VmRSS")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = -(-(config["depth"] + config["n_gen"] + config["n_prompt"] + 16) // 256) * 256
         params.n_batch = 2048
@@ -124,8 +127,25 @@ class Context:
         return res
 
 
-def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory_bytes(name: str) -> int | None:
+    """VmRSS: resident now, VmHWM: at most since forget_peak(); None where the system does not say."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{name}:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else None
+
+
+def forget_peak() -> None:
+    """The synthetic state that filled the context is no part of what is measured."""
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5")
+
+
+def paging_stats(ctx: int) -> dict:
+    from monarch_llamacpp.llama import SHIM
+
+    stats = SHIM.stats(ctx)
+    return asdict(stats) | {"kv_bytes": stats.kv_bytes}
 
 
 def main() -> None:
@@ -133,6 +153,7 @@ def main() -> None:
     ctx = Context(config)
     if config["depth"]:
         ctx.fill()
+    forget_peak()
     depth, memory = config["depth"], llama_cpp.llama_get_memory(ctx.ctx)
     ctx.time_tokens(2, depth)  # warm-up
     tokens_ms = ctx.time_tokens(config["n_gen"], depth + 2)
@@ -142,7 +163,11 @@ def main() -> None:
         start = time.perf_counter()
         ctx.decode(config["n_prompt"], depth)
         prompt_ms = 1e3 * (time.perf_counter() - start)
-    print(json.dumps({"tokens_ms": tokens_ms, "prompt_ms": prompt_ms, "peak_bytes": peak_bytes()}))
+    res = {"tokens_ms": tokens_ms, "prompt_ms": prompt_ms, "model_bytes": ctx.model_bytes}
+    res["peak_bytes"] = memory_bytes("VmHWM")
+    if config["patched"]:
+        res["stats"] = paging_stats(ctx.ctx)
+    print(json.dumps(res))
 
 
 if __name__ == "__main__":

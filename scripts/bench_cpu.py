@@ -50,9 +50,15 @@ def environment(arm: Arm) -> dict[str, str]:
     return kept | {"LLAMA_CPP_LIB_PATH": str(lib_dir), "MONARCH_MODE": arm.mode}
 
 
+def check_counters(arm: Arm, stats: dict, depth: int) -> None:
+    """Paged that promotes nothing would be fast too."""
+    if depth > 2048 and (stats["n_cold"] < depth / 2 or (arm.mode == "paged" and not 0 < stats["n_promoted"])):
+        raise SystemExit(f"{arm.name} at {depth}: {stats['n_cold']} cold tokens, {stats['n_promoted']} pages promoted")
+
+
 def run(arm: Arm, model: Path, args: argparse.Namespace, depth: int, fill: str) -> dict[str, Any]:
     config = {
-        "model": str(model), "depth": depth, "n_gen": args.n_gen, "n_prompt": args.n_prompt if depth < 65536 else 0,
+        "patched": arm.patched, "model": str(model), "depth": depth, "n_gen": args.n_gen, "n_prompt": args.n_prompt if depth < 65536 else 0,
         "n_threads": args.threads, "type": arm.kv_type, "flash_attn": arm.flash_attn, "v_trans": not arm.patched,
         "fill": fill,
     }  # fmt: skip
@@ -61,6 +67,8 @@ def run(arm: Arm, model: Path, args: argparse.Namespace, depth: int, fill: str) 
     if result.returncode != 0:
         raise SystemExit(f"{arm.name} at {depth}: {result.stderr.strip().splitlines()[-1]}")
     row = json.loads(result.stdout)
+    if arm.patched:
+        check_counters(arm, row["stats"], depth)
     return row | {"arm": arm.name, "depth": depth, "fill": fill}
 
 
@@ -89,13 +97,22 @@ def report(depth: int, rows: dict[str, list[dict]], args: argparse.Namespace, st
     best = max(speed[arm.name] for arm in STOCK)
     best_prompt = max(prompt[arm.name] for arm in STOCK)
     for name in rows:
-        peak = max(row["peak_bytes"] for row in rows[name]) / 2**20
         print(
             f"{depth:>7} {name:<17} {speed[name]:7.1f} tok/s  {speed[name] / best:6.2f} x stock"
             f"  {speed[name] / (stock_at_0 or best):5.2f} x stock at 0"
-            f"  prompt {prompt[name]:7.1f} tok/s {prompt[name] / best_prompt:6.2f} x  peak {peak:7.0f} MiB"
+            f"  prompt {prompt[name]:7.1f} tok/s {prompt[name] / best_prompt:6.2f} x{memory_text(rows[name][0])}"
         )
     return best
+
+
+def memory_text(row: dict[str, Any]) -> str:
+    """What decoding took at most beyond the loaded model, and what the paged cache holds."""
+    res = ""
+    if row["peak_bytes"]:
+        res += f"  takes {(row['peak_bytes'] - row['model_bytes']) / 2**20:6.0f} MiB"
+    if stats := row.get("stats"):
+        res += f", holds {stats['kv_bytes'] / 2**20:6.0f}, of which hot {stats['hot_bytes'] / 2**20:4.0f}"
+    return res
 
 
 def check(model: Path, args: argparse.Namespace) -> None:
