@@ -38,7 +38,7 @@ def build(name: str, lib_dir: Path, folder: Path, sanitizer: str) -> Path:
 
 
 def run(name: str, program: Path, folder: Path, options: list[str]) -> subprocess.CompletedProcess:
-    model = write_random_model(folder / "fuzz.gguf", head_dim=32, n_head=2, n_head_kv=1, n_layer=1)
+    model = write_random_model(folder / f"fuzz_{name}.gguf", head_dim=32, n_head=2, n_head_kv=1, n_layer=1)
     corpus = sorted(map(str, (FOLDER / "corpus" / name).glob("*")))
     env = {key: value for key, value in os.environ.items() if not key.startswith("MONARCH")}
     env |= OPTIONS | {"FUZZ_MODEL": str(model), "LC_ALL": "C"}
