@@ -23,7 +23,12 @@
 #include "monarch-policy.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 static const uint32_t MONARCH_STATE_MAGIC   = 0x4348434d; // "MCHC"; a stock state starts with its number of streams
 static const uint32_t MONARCH_STATE_VERSION = 2;
@@ -550,7 +555,18 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_
     }
 }
 
+// glibc keeps what was staged, as much as a whole stock state, for itself
+struct monarch_state_trim {
+    ~monarch_state_trim() {
+#if defined(__GLIBC__)
+        malloc_trim(0);
+#endif
+    }
+};
+
 void monarch_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    const monarch_state_trim trim;
+
     monarch_state_check(seq_id < (llama_seq_id) n_seqs(), "this context has no such sequence: raise n_seq_max");
     GGML_UNUSED(flags);
 
