@@ -55,7 +55,8 @@ struct monarch_avx512_work {
     float   * logits;  // [n_rows][MONARCH_TILE] of cold tokens
     uint8_t * w;       // [n_rows][MONARCH_TILE] quantised weights
     float   * w_scale; // [n_rows]
-    float   * k;       // [head_dim][16] one tile of hot K, transposed
+    float   * k_rows;  // [16][head_dim] one tile of hot K
+    float   * k;       // [head_dim][16] the same, transposed
     float   * v;       // [16][head_dim]
     uint8_t * tables;  // [MONARCH_SCORE_ROWS][n_tables][MONARCH_TABLE_SIZE] of summary weights
     float   * scores;  // [MONARCH_SCORE_ROWS][monarch_scores_stride] by physical page
@@ -75,6 +76,7 @@ static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char *
     work->logits  = (float   *) ptr; ptr += n_rows*MONARCH_TILE*sizeof(float);
     work->w       = (uint8_t *) ptr; ptr += (n_rows*MONARCH_TILE + 63)/64*64;
     work->w_scale = (float   *) ptr; ptr += (n_rows*sizeof(float) + 63)/64*64;
+    work->k_rows  = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->tables  = (uint8_t *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
@@ -186,27 +188,43 @@ static inline void monarch_transpose(__m512 * x) {
     }
 }
 
-// 16 values of one head of a slot, from a multiple of 16 on
-static inline __m512 monarch_ring_load(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t d) {
-    const char * src = (const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2];
-
-    if (t->type == GGML_TYPE_F16) {
-        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_fp16_t))));
-    }
-    if (t->type == GGML_TYPE_BF16) {
-        const __m256i bits = _mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_bf16_t)));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-    }
-
-    const block_q8_0 * block = (const block_q8_0 *) src + d/QK8_0;
-
-    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (block->qs + d%QK8_0))));
-    return _mm512_mul_ps(values, _mm512_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d)))));
+static inline const char * monarch_ring_row(const struct ggml_tensor * t, int64_t head_kv, int64_t slot) {
+    return (const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2];
 }
 
-// a head's part of a slot is far from the next slot's: the processor does not guess it
-static inline void monarch_ring_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t d) {
-    _mm_prefetch((const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2] + 2*d, _MM_HINT_T0);
+// one head of a slot
+static inline void monarch_ring_load(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t head_dim, float * dst) {
+    const char * src = monarch_ring_row(t, head_kv, slot);
+
+    if (t->type == GGML_TYPE_F16) {
+        for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
+            _mm512_storeu_ps(dst + d, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_fp16_t)))));
+        }
+        return;
+    }
+    if (t->type == GGML_TYPE_BF16) {
+        for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
+            const __m256i bits = _mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_bf16_t)));
+            _mm512_storeu_ps(dst + d, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+        }
+        return;
+    }
+    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
+        const block_q8_0 * block = (const block_q8_0 *) src + d/QK8_0;
+
+        const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (block->qs + d%QK8_0))));
+        _mm512_storeu_ps(dst + d, _mm512_mul_ps(values, _mm512_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d))))));
+    }
+}
+
+// A head's part of a slot is far from the next slot's: the processor does not guess it. Into the second cache: of lines for the
+// first, fewer may be under way, and loads of them waited twice as long.
+static inline void monarch_ring_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t slot) {
+    const char * src = monarch_ring_row(t, head_kv, slot);
+
+    for (size_t i = 0; i < t->nb[1]; i += 64) {
+        _mm_prefetch(src + i, _MM_HINT_T1);
+    }
 }
 
 // n <= 16 slots of one head as f32, K transposed; what is missing is zero
@@ -214,22 +232,22 @@ static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_
     const int64_t head_dim = attend->op.codec.head_dim;
     const int64_t i_last   = attend->k->ne[2] - 1;
 
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t next = MONARCH_MIN(i0 + n + i, i_last);
+
+        monarch_ring_prefetch(attend->k, head_kv, next);
+        monarch_ring_prefetch(attend->v, head_kv, next);
+
+        monarch_ring_load(attend->k, head_kv, i0 + i, head_dim, work->k_rows + i*head_dim);
+        monarch_ring_load(attend->v, head_kv, i0 + i, head_dim, work->v      + i*head_dim);
+    }
+    memset(work->k_rows + n*head_dim, 0, (MONARCH_LANES - n)*head_dim*sizeof(float));
+    memset(work->v      + n*head_dim, 0, (MONARCH_LANES - n)*head_dim*sizeof(float));
+
     for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
         __m512 x[16];
-
-        // a cache line has 32 values: those of the next tile's K, then those of its V
-        const struct ggml_tensor * next = d % 32 ? attend->v : attend->k;
-
         for (int64_t i = 0; i < MONARCH_LANES; ++i) {
-            monarch_ring_prefetch(next, head_kv, MONARCH_MIN(i0 + n + i, i_last), d);
-        }
-
-        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
-            const __m512 v = i < n ? monarch_ring_load(attend->v, head_kv, i0 + i, d) : _mm512_setzero_ps();
-
-            x[i] = i < n ? monarch_ring_load(attend->k, head_kv, i0 + i, d) : _mm512_setzero_ps();
-
-            _mm512_storeu_ps(work->v + i*head_dim + d, v);
+            x[i] = _mm512_loadu_ps(work->k_rows + i*head_dim + d);
         }
 
         monarch_transpose(x);
@@ -698,7 +716,7 @@ static void monarch_cold_attend_tile(const struct monarch_attend * attend, struc
 
 static inline void monarch_cold_prefetch(const uint8_t * block, int64_t size) {
     for (int64_t i = 0; i < size; i += 64) {
-        _mm_prefetch((const char *) block + i, _MM_HINT_T0);
+        _mm_prefetch((const char *) block + i, _MM_HINT_T1);
     }
 }
 
