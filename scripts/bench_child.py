@@ -1,8 +1,9 @@
 """One arm of bench_cpu.py: runs in a process of its own on the library that LLAMA_CPP_LIB_PATH names.
 
-Argument: a JSON object with patched, model, depth, n_gen, n_prompt, n_threads, type, flash_attn, v_trans and fill. The
-context is filled to the depth, then single tokens and one prompt batch are timed there. fill is "state" (a synthetic sequence
-state in stock's format is restored, the same values in every arm) or "prefill" (random tokens are decoded).
+Argument: a JSON object with patched, model, depth, n_gen, n_prompt, n_threads, type, flash_attn, v_trans and fill.
+The context is filled to the depth, then single tokens and one prompt batch are timed there. fill is "state" (a
+synthetic sequence state in stock's format is restored, the same values in every arm) or "prefill" (random tokens are
+decoded).
 Prints one JSON object.
 """
 
