@@ -59,8 +59,8 @@ def check_counters(arm: Arm, stats: dict, depth: int) -> None:
 def run(arm: Arm, model: Path, args: argparse.Namespace, depth: int, fill: str) -> dict[str, Any]:
     config = {
         "patched": arm.patched, "model": str(model), "depth": depth, "n_gen": args.n_gen,
-        "n_prompt": args.n_prompt if depth < 65536 else 0, "n_threads": args.threads, "type": arm.kv_type, "flash_attn": arm.flash_attn, "v_trans": not arm.patched,
-        "fill": fill,
+        "n_prompt": args.n_prompt if depth < 65536 else 0, "n_threads": args.threads, "type": arm.kv_type,
+        "flash_attn": arm.flash_attn, "v_trans": not arm.patched, "fill": fill,
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "scripts" / "bench_child.py"), json.dumps(config)]
     result = subprocess.run(command, env=environment(arm), capture_output=True, text=True)
