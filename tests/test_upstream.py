@@ -50,9 +50,11 @@ def program(patched_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 def run(program: Path, args: list[str], lib_dir: Path, env: dict[str, str]) -> str:
+    # some write files where they stand
     result = subprocess.run(
-        [program, *args], capture_output=True, text=True, errors="replace", env=environment(lib_dir, env)
-    )
+        [program, *args], cwd=program.parent, capture_output=True, text=True, errors="replace",
+        env=environment(lib_dir, env),
+    )  # fmt: skip
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
     return result.stdout + result.stderr
 
