@@ -26,10 +26,12 @@
 
 #define MONARCH_SCORE_ROWS 8
 
-// of what 2-bit values add to a score: the sum over as many bytes of codes as MONARCH_TABLE_BYTES, eight tables, fits into a byte
+// of what 2-bit values add to a score: the sum of MONARCH_TABLES, over MONARCH_TABLE_BYTES of codes, fits into a byte, though
+// each may have been rounded up by a half
 #define MONARCH_TABLE_SIZE  64
-#define MONARCH_TABLE_MAX   31.0f
 #define MONARCH_TABLE_BYTES 6
+#define MONARCH_TABLES      8
+#define MONARCH_TABLES_MAX  251.0f
 
 // a constant, so that the rows of a block are at constant offsets
 #define MONARCH_Q_STRIDE MONARCH_MAX_HEAD_DIM
@@ -811,7 +813,11 @@ static void monarch_score_quantize(const struct monarch_attend * attend, const s
     }
 }
 
-// scores of 16 pages for R rows
+static inline int64_t monarch_group_size(int64_t head_dim) {
+    return MONARCH_SUMMARY_GROUP*monarch_summary_size((int32_t) head_dim);
+}
+
+// scores of 16 pages for R rows; asks for the same of the next group
 template <int R>
 static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
     __m512 score[R];
@@ -819,7 +825,8 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
         score[r] = _mm512_setzero_ps();
     }
 
-    const uint8_t * values = group + 4*MONARCH_SUMMARY_GROUP*2;
+    const uint8_t * values     = group + 4*MONARCH_SUMMARY_GROUP*2;
+    const int64_t   group_size = monarch_group_size(head_dim);
 
     for (int half = 0; half < 2; ++half) {
         __m512i dot[R];
@@ -827,7 +834,11 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
             dot[r] = _mm512_setzero_si512();
         }
         for (int64_t j = 0; j < head_dim/4; ++j) {
-            const __m512i u = _mm512_loadu_si512(values + (half*head_dim/4 + j)*64);
+            const uint8_t * src = values + (half*head_dim/4 + j)*64;
+
+            _mm_prefetch((const char *) src + group_size, _MM_HINT_T0);
+
+            const __m512i u = _mm512_loadu_si512(src);
             for (int r = 0; r < R; ++r) {
                 dot[r] = _mm512_dpbusd_epi32(dot[r], u, _mm512_set1_epi32(monarch_load_i32(query->w + r*2*head_dim + half*head_dim + 4*j)));
             }
@@ -855,8 +866,10 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
 
 // what a sum may be shifted by and still has 16 bits: half of what the tables add is below or above zero
 static inline int monarch_tables_get_shift(int64_t head_dim) {
+    const int64_t n_sums = (head_dim/4 + MONARCH_TABLE_BYTES - 1)/MONARCH_TABLE_BYTES;
+
     int res = 0;
-    while (((monarch_tables_count(head_dim)*16 + 1) << (res + 1)) <= INT16_MAX) {
+    while (((n_sums*130 + 1) << (res + 1)) <= INT16_MAX) {
         ++res;
     }
     return res;
@@ -906,14 +919,17 @@ static void monarch_tables_init(const struct monarch_attend * attend, const stru
 
     float max = 0.0f;
     float sum = 0.0f;
-    for (int64_t t = 0; t < n_tables; ++t) {
-        const float range = 3.0f*(fabsf(sorted[3*t]) + fabsf(sorted[3*t + 1]) + fabsf(sorted[3*t + 2]));
+    for (int64_t t = 0; t < n_tables; t += MONARCH_TABLES) {
+        float range = 0.0f;
+        for (int64_t i = 3*t; i < 3*MONARCH_MIN(t + MONARCH_TABLES, n_tables); ++i) {
+            range += 3.0f*fabsf(sorted[i]);
+        }
 
         max  = range > max ? range : max;
         sum += range;
     }
 
-    const float inverse = max > 0.0f ? MONARCH_TABLE_MAX/max : 0.0f;
+    const float inverse = max > 0.0f ? MONARCH_TABLES_MAX/max : 0.0f;
     for (int64_t t = 0; t < n_tables; ++t) {
         for (int i = 0; i < 3; ++i) {
             sorted[3*t + i] *= inverse;
@@ -921,7 +937,7 @@ static void monarch_tables_init(const struct monarch_attend * attend, const stru
         monarch_table_fill(sorted + 3*t, tables + t*MONARCH_TABLE_SIZE);
     }
 
-    *scale = max/MONARCH_TABLE_MAX;
+    *scale = max/MONARCH_TABLES_MAX;
     *bias  = (int16_t) lrintf(-0.5f*inverse*sum);
 }
 
@@ -933,16 +949,18 @@ static inline void monarch_tables_look_up(__m512i index, const uint8_t * table, 
     }
 }
 
-// what four parts of 16 pages add up to as 16 bits, in pairs: the first and third of each page, the second and fourth
+// what four parts of 16 pages add up to as 16 bits, in pairs: the first and third of each page, the second and fourth; asks
+// for the same of the next group
 template <int R>
 static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_score_query * query, __m512i sums[2][R]) {
-    const int64_t n_bytes = head_dim/4;
-    const int64_t stride  = monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
+    const int64_t n_bytes    = head_dim/4;
+    const int64_t stride     = monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
+    const int64_t group_size = monarch_group_size(head_dim);
 
     const uint8_t * table = query->tables;
 
     for (int r = 0; r < R; ++r) {
-        sums[0][r] = sums[1][r] = _mm512_set1_epi16(query->bias[r]);
+        sums[0][r] = sums[1][r] = _mm512_setzero_si512();
     }
     for (int64_t i0 = 0; i0 < n_bytes; i0 += MONARCH_TABLE_BYTES) {
         __m512i sum[R];
@@ -953,6 +971,8 @@ static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, co
             __m512i fourth = _mm512_setzero_si512();
 
             for (int64_t j = i; j < MONARCH_MIN(i + 3, n_bytes); ++j, table += MONARCH_TABLE_SIZE) {
+                _mm_prefetch((const char *) codes + j*64 + group_size, _MM_HINT_T0);
+
                 const __m512i index = _mm512_loadu_si512(codes + j*64);
                 const __m512i value = _mm512_and_si512(_mm512_srli_epi16(index, 6), _mm512_set1_epi8(3));
 
@@ -964,9 +984,16 @@ static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, co
             table += MONARCH_TABLE_SIZE;
         }
         for (int r = 0; r < R; ++r) {
-            sums[0][r] = _mm512_add_epi16(sums[0][r], _mm512_and_si512(sum[r], _mm512_set1_epi16(0xff)));
+            sums[0][r] = _mm512_add_epi16(sums[0][r], sum[r]);
             sums[1][r] = _mm512_add_epi16(sums[1][r], _mm512_srli_epi16(sum[r], 8));
         }
+    }
+    for (int r = 0; r < R; ++r) {
+        const __m512i bias = _mm512_set1_epi16(query->bias[r]);
+
+        // what belongs to the second has been added 256 fold
+        sums[0][r] = _mm512_add_epi16(bias, _mm512_sub_epi16(sums[0][r], _mm512_slli_epi16(sums[1][r], 8)));
+        sums[1][r] = _mm512_add_epi16(bias, sums[1][r]);
     }
 }
 
@@ -1038,18 +1065,41 @@ static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const s
     }
 }
 
-// where 16 table entries name consecutive physical pages, as they do until pages are recycled, no gather is needed
-static void monarch_score_find_runs(const struct monarch_attend * attend, int32_t i0, int32_t i1, int32_t * runs) {
-    for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
-        const int32_t n    = MONARCH_MIN(MONARCH_LANES, i1 - i);
-        const int32_t page = attend->table[i].page;
-
-        bool is_run = n == MONARCH_LANES;
-        for (int32_t j = 1; j < n; ++j) {
-            is_run &= attend->table[i + j].page == page + j;
-        }
-        runs[i/MONARCH_LANES] = is_run ? page : -1;
+// n table entries from i on: where they lie and how many tokens they hold
+static void monarch_score_find_pages(const struct monarch_attend * attend, const float * log_table, int32_t i, int32_t n, struct monarch_avx512_work * avx512) {
+    for (int32_t j = i; j < i + n; ++j) {
+        avx512->used [attend->table[j].page/MONARCH_SUMMARY_GROUP] = 1;
+        avx512->log_n[j] = log_table[monarch_mask_count(attend->table[j].mask)];
     }
+    avx512->runs[i/MONARCH_LANES] = -1;
+}
+
+// The same for 16. They name consecutive physical pages, until pages are recycled, and then no gather is needed; most hold as
+// many tokens as each other.
+static void monarch_score_find_run(const struct monarch_attend * attend, const float * log_table, int32_t i, struct monarch_avx512_work * avx512) {
+    const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i even = _mm512_slli_epi32(ramp, 1);
+
+    const __m512i lo = _mm512_loadu_si512(attend->table + i);
+    const __m512i hi = _mm512_loadu_si512(attend->table + i + 8);
+
+    const int32_t  page = attend->table[i].page;
+    const uint32_t mask = attend->table[i].mask;
+
+    const __m512i pages = _mm512_permutex2var_epi32(lo, even, hi);
+    const __m512i masks = _mm512_permutex2var_epi32(lo, _mm512_or_si512(even, _mm512_set1_epi32(1)), hi);
+
+    const __mmask16 other = _mm512_cmpneq_epi32_mask(pages, _mm512_add_epi32(ramp, _mm512_set1_epi32(page))) |
+                            _mm512_cmpneq_epi32_mask(masks, _mm512_set1_epi32((int32_t) mask));
+    if (other) {
+        monarch_score_find_pages(attend, log_table, i, MONARCH_LANES, avx512);
+        return;
+    }
+
+    avx512->used[page/MONARCH_SUMMARY_GROUP] = avx512->used[(page + MONARCH_LANES - 1)/MONARCH_SUMMARY_GROUP] = 1;
+    avx512->runs[i/MONARCH_LANES] = page;
+
+    _mm512_storeu_ps(avx512->log_n + i, _mm512_set1_ps(log_table[monarch_mask_count(mask)]));
 }
 
 // from physical to table order, and the pages' token counts
@@ -1077,26 +1127,28 @@ static monarch_score_kernel monarch_score_find_kernel(int32_t scorer, int64_t n)
     return n > 4 ? monarch_score_group<8> : n > 1 ? monarch_score_group<4> : monarch_score_group<1>;
 }
 
-// of n rows; those that a kernel takes with them weigh nothing
+// of n rows; those that the kernel takes with them weigh nothing
 static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_avx512_work * avx512, struct monarch_score_query * query) {
     const int32_t head_dim  = attend->op.codec.head_dim;
     const int64_t n_tables  = monarch_tables_count(head_dim);
+    const int64_t n_kernel  = n > 4 ? 8 : n > 1 ? 4 : 1;
     const bool    has_parts = attend->op.scorer == MONARCH_SCORER_PARTS;
 
     memset(query, 0, sizeof(*query));
     query->w      = avx512->q;
     query->tables = avx512->tables;
 
-    if (n < MONARCH_SCORE_ROWS) {
-        memset(query->w,      0, MONARCH_SCORE_ROWS*2*head_dim);
-        memset(query->tables, 0, MONARCH_SCORE_ROWS*n_tables*MONARCH_TABLE_SIZE);
-    }
     for (int64_t r = 0; r < n; ++r) {
         if (has_parts) {
             monarch_tables_init(attend, &rows[r], query->tables + r*n_tables*MONARCH_TABLE_SIZE, query->scale[r], &query->bias[r]);
         } else {
             monarch_score_quantize(attend, &rows[r], query->w + r*2*head_dim, query->scale[r], query->sum[r]);
         }
+    }
+    if (has_parts) {
+        memset(query->tables + n*n_tables*MONARCH_TABLE_SIZE, 0, (n_kernel - n)*n_tables*MONARCH_TABLE_SIZE);
+    } else {
+        memset(query->w + n*2*head_dim, 0, (n_kernel - n)*2*head_dim);
     }
 }
 
@@ -1106,8 +1158,6 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     const int32_t head_dim = attend->op.codec.head_dim;
     const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
-    const int64_t group_size = monarch_summary_offset(head_dim, attend->n_pages_max, 0, MONARCH_SUMMARY_GROUP);
-
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
         log_table[i] = monarch_summary_log_count(attend->op.scorer, i);
@@ -1116,12 +1166,13 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     // groups that hold none of these pages are skipped
     memset(avx512.used, 0, n_groups);
 
-    for (int32_t i = i0; i < i1; ++i) {
-        avx512.used[attend->table[i].page/MONARCH_SUMMARY_GROUP] = 1;
-        avx512.log_n[i] = log_table[monarch_mask_count(attend->table[i].mask)];
+    int32_t i = i0;
+    for (; i + MONARCH_LANES <= i1; i += MONARCH_LANES) {
+        monarch_score_find_run(attend, log_table, i, &avx512);
     }
-
-    monarch_score_find_runs(attend, i0, i1, avx512.runs);
+    if (i < i1) {
+        monarch_score_find_pages(attend, log_table, i, i1 - i, &avx512);
+    }
 
     for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_SCORE_ROWS) {
         const int64_t n = MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir);
@@ -1135,7 +1186,6 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
             if (avx512.used[g]) {
                 const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
 
-                monarch_cold_prefetch(group + group_size, group_size);
                 score_group(head_dim, group, &query, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, monarch_scores_stride(attend->n_pages_max));
             }
         }

@@ -40,10 +40,11 @@
 
 #define MONARCH_MIN(a, b) ((a) < (b) ? (a) : (b))
 
-// of what two 2-bit values add to a score: the sum over as many bytes of codes as MONARCH_TABLE_BYTES, eight tables, fits into a byte
+// of what two 2-bit values add to a score: the sum of eight tables, over MONARCH_TABLE_BYTES of codes, fits into a byte, though
+// each may have been rounded up by a half
 #define MONARCH_TABLE_SIZE  16
-#define MONARCH_TABLE_MAX   31.0f
 #define MONARCH_TABLE_BYTES 4
+#define MONARCH_TABLES_MAX  251.0f
 
 struct monarch_simd_work {
     int8_t * q;       // [n_rows][head_dim] quantised queries, in the order of the K codes; summary weights while scoring
@@ -745,7 +746,7 @@ static void monarch_table_fill(const float * w, int8_t * table) {
     const float least = 1.5f*(w[0] - fabsf(w[0]) + w[1] - fabsf(w[1]));
 
     for (int32_t i = 0; i < MONARCH_TABLE_SIZE; ++i) {
-        table[i] = (int8_t) (w[0]*(float) (i%4) + w[1]*(float) (i/4) - least + 0.5f);
+        table[i] = (int8_t) (uint8_t) (w[0]*(float) (i%4) + w[1]*(float) (i/4) - least + 0.5f);
     }
 }
 
@@ -758,21 +759,24 @@ static void monarch_tables_init(const struct monarch_attend * attend, const stru
 
     float max = 0.0f;
     float sum = 0.0f;
-    for (int32_t d = 0; d < head_dim; d += 2) {
-        const float range = 3.0f*(fabsf(w[d]) + fabsf(w[d + 1]));
+    for (int32_t d0 = 0; d0 < head_dim; d0 += 4*MONARCH_TABLE_BYTES) {
+        float range = 0.0f;
+        for (int32_t d = d0; d < d0 + 4*MONARCH_TABLE_BYTES && d < head_dim; ++d) {
+            range += 3.0f*fabsf(w[d]);
+        }
 
         max  = range > max ? range : max;
         sum += range;
     }
 
-    const float inverse = max > 0.0f ? MONARCH_TABLE_MAX/max : 0.0f;
+    const float inverse = max > 0.0f ? MONARCH_TABLES_MAX/max : 0.0f;
     for (int32_t d = 0; d < head_dim; d += 2) {
         const float steps[2] = { inverse*w[d], inverse*w[d + 1] };
 
         monarch_table_fill(steps, tables + d/2*MONARCH_TABLE_SIZE);
     }
 
-    *scale  = max/MONARCH_TABLE_MAX;
+    *scale  = max/MONARCH_TABLES_MAX;
     *offset = -0.5f*sum;
 }
 
@@ -860,16 +864,17 @@ static void monarch_score_query_init(const struct monarch_attend * attend, const
     query->w      = simd->q;
     query->tables = simd->tables;
 
-    if (n < MONARCH_ROWS) {
-        memset(simd->q,      0, MONARCH_ROWS*2*head_dim);
-        memset(simd->tables, 0, MONARCH_ROWS*n_table);
-    }
     for (int64_t r = 0; r < n; ++r) {
         if (has_parts) {
             monarch_tables_init(attend, &rows[r], simd->tables + r*n_table, query->scale[r], query->sum[r]);
         } else {
             monarch_score_quantize(attend, &rows[r], simd->q + r*2*head_dim, query->scale[r], query->sum[r], query->bias[r]);
         }
+    }
+    if (has_parts) {
+        memset(simd->tables + n*n_table, 0, (MONARCH_ROWS - n)*n_table);
+    } else {
+        memset(simd->q + n*2*head_dim, 0, (MONARCH_ROWS - n)*2*head_dim);
     }
 }
 

@@ -25,42 +25,63 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
     head->log_scored   = 0;
 }
 
-// non-negative floats are ordered as their bits are: exponent and three bits of the mantissa
-#define MONARCH_RANK_BINS 2048
-
-static int32_t monarch_rank_get_bin(float rank) {
-    uint32_t bits;
-    memcpy(&bits, &rank, sizeof(bits));
-    return bits >> 20;
+static int32_t monarch_rank_count(int32_t n_pages, const float * rank, float least) {
+    int32_t res = 0;
+    for (int32_t i = 0; i < n_pages; ++i) {
+        res += rank[i] >= least;
+    }
+    return res;
 }
 
-// the last of the n best: of equals the later page is better; bins leave few to be sorted. A rank below 0 is none.
-static int32_t monarch_rank_find_last(int32_t n_pages, const float * rank, int32_t n, int32_t * scratch) {
-    int32_t counts[MONARCH_RANK_BINS] = { 0 };
+static float monarch_rank_from_bits(int32_t bits) {
+    float rank;
+    memcpy(&rank, &bits, sizeof(rank));
+    return rank;
+}
 
-    for (int32_t i = 0; i < n_pages; ++i) {
-        if (rank[i] >= 0.0f) {
-            counts[monarch_rank_get_bin(rank[i])]++;
+// the n best are those above least, and those equal to it from page `first` on: of equals the later page is better
+struct monarch_rank_bound {
+    float   least;
+    int32_t first;
+};
+
+// More than n pages are ranked; a rank below 0 is none. Non-negative floats are ordered as their bits are: the bound's are
+// found by halves, and counting again is cheaper than sorting.
+static monarch_rank_bound monarch_rank_find_bound(int32_t n_pages, const float * rank, int32_t n) {
+    int32_t lo = 0;              // at least n pages are as good
+    int32_t hi = 0x7f800000 + 1; // fewer are: infinity is the greatest
+
+    int32_t n_above = 0;
+
+    while (hi - lo > 1) {
+        const int32_t mid   = lo + (hi - lo)/2;
+        const int32_t count = monarch_rank_count(n_pages, rank, monarch_rank_from_bits(mid));
+
+        if (count == n) {
+            return { monarch_rank_from_bits(mid), 0 };
+        }
+        if (count > n) {
+            lo = mid;
+        } else {
+            hi      = mid;
+            n_above = count;
         }
     }
 
-    int32_t bin = MONARCH_RANK_BINS - 1;
-    while (counts[bin] < n) {
-        n -= counts[bin--];
+    const float least = monarch_rank_from_bits(lo);
+
+    int32_t first = n_pages;
+    while (n_above < n) {
+        n_above += rank[--first] == least;
     }
+    return { least, first };
+}
 
-    int32_t n_scratch = 0;
-    for (int32_t i = 0; i < n_pages; ++i) {
-        if (rank[i] >= 0.0f && monarch_rank_get_bin(rank[i]) == bin) {
-            scratch[n_scratch++] = i;
-        }
-    }
+static float monarch_policy_rank_page(const monarch_policy * policy, uint8_t count, float importance, float probability) {
+    float rank;
+    const bool is_ranked = monarch_policy_get_rank(policy, count, importance, probability, &rank);
 
-    std::nth_element(scratch, scratch + n - 1, scratch + n_scratch, [rank](int32_t a, int32_t b) {
-        return rank[a] != rank[b] ? rank[a] > rank[b] : a > b;
-    });
-
-    return scratch[n - 1];
+    return is_ranked ? std::max(0.0f, rank) : -1.0f;
 }
 
 int32_t monarch_policy_select(
@@ -75,31 +96,32 @@ int32_t monarch_policy_select(
     const float   * importance = monarch_head_state_importance(head, n_pages_max);
     const uint8_t * count      = monarch_head_state_count     (head, n_pages_max);
 
-    int32_t n_ranked = 0;
-
+    // most pages are not sticky: those are ranked many at a time
+    for (int32_t i = 0; i < n_pages; ++i) {
+        rank[i] = monarch_policy_rank_page(policy, 0, 0.0f, probability[i]);
+    }
     for (int32_t i = 0; i < n_pages; ++i) {
         const int32_t page = table[i].page;
 
-        const bool is_ranked = monarch_policy_get_rank(policy, count[page], importance[page], probability[i], &rank[i]);
-
-        rank[i]   = is_ranked ? std::max(0.0f, rank[i]) : -1.0f;
-        n_ranked += is_ranked;
+        if (monarch_policy_is_sticky(policy, count[page])) {
+            rank[i] = monarch_policy_rank_page(policy, count[page], importance[page], probability[i]);
+        }
     }
 
     if (policy->n_budget == 0) {
         return 0;
     }
 
-    const bool    is_short = n_ranked > policy->n_budget;
-    const int32_t last     = is_short ? monarch_rank_find_last(n_pages, rank, policy->n_budget, chosen) : 0;
-    const float   least    = is_short ? rank[last] : 0.0f;
+    const bool is_short = monarch_rank_count(n_pages, rank, 0.0f) > policy->n_budget;
+
+    const monarch_rank_bound bound = is_short ? monarch_rank_find_bound(n_pages, rank, policy->n_budget) : monarch_rank_bound { 0.0f, 0 };
 
     int32_t n_chosen = 0;
 
     for (int32_t i = 0; i < n_pages; ++i) {
-        if (rank[i] > least || (rank[i] == least && i >= last)) {
-            chosen[n_chosen++] = i;
-        }
+        chosen[n_chosen] = i;
+
+        n_chosen += rank[i] > bound.least || (rank[i] == bound.least && i >= bound.first);
     }
 
     return n_chosen;

@@ -1,13 +1,35 @@
 // The op that attends, alone: native/'s CPU files and the few functions of ggml that they call, on made-up pages.
 //
-// Each line of the input is a case; the results go to the output as f32 [n_tokens][n_head][head_dim], the least time of
-// n_runs runs in microseconds, one line to a case, to the error output. MONARCH_KERNEL chooses the kernel.
+// Each line of the input is a case. To the output go, as f32, attention [n_tokens][n_head][head_dim] and the estimated
+// probabilities [n_head_kv][n_pages] of the pages that were promoted; to the error output the least time of n_runs runs in
+// microseconds, one line to a case. MONARCH_KERNEL chooses the kernel.
 
 #include "native_cases.h"
 
 static bool test_case_read(test_case * c) {
     return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
             &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs) == 14;
+}
+
+// in the order of the table; 0: not promoted, or promoted without being estimated
+static std::vector<float> get_estimates(const test_case & c, int64_t n_pages_max, void * state, const int32_t * table) {
+    const monarch_table_entry * entries = (const monarch_table_entry *) (table + monarch_table_head_size(1));
+
+    std::vector<float> res;
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        monarch_head_state * head = monarch_state_head(state, n_pages_max, h);
+
+        for (int32_t i = 0; i < c.n_pages; ++i) {
+            float estimated = 0.0f;
+            for (int32_t j = 0; j < head->n_log; ++j) {
+                const monarch_log_entry & entry = monarch_head_state_log(head)[j];
+
+                estimated = entry.page == entries[i].page ? entry.estimated : estimated;
+            }
+            res.push_back(estimated);
+        }
+    }
+    return res;
 }
 
 static void test_case_run(const test_case & c) {
@@ -66,6 +88,9 @@ static void test_case_run(const test_case & c) {
     }
     fprintf(stderr, "%lld\n", (long long) best);
     fwrite(dst.data.data(), 1, dst.data.size(), stdout);
+
+    const std::vector<float> estimates = get_estimates(c, n_pages_max, state.tensor.data, (const int32_t *) table.tensor.data);
+    fwrite(estimates.data(), sizeof(float), estimates.size(), stdout);
 }
 
 int main() {

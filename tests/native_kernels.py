@@ -77,13 +77,28 @@ def build(
     return program
 
 
-def run(command: list[str], kernel: str, cases: list[Case]) -> list[np.ndarray]:
-    """The attention of every case: [n_tokens, n_head, head_dim]."""
+def _run(command: list[str], kernel: str, cases: list[Case]) -> list[tuple[np.ndarray, np.ndarray]]:
     text = "\n".join(" ".join(str(int(value)) for value in case) for case in cases)
     env = os.environ | {"MONARCH_KERNEL": kernel}
     done = subprocess.run(command, input=text.encode(), capture_output=True, env=env, check=True)
-    shapes = [(case.n_tokens, N_HEAD_KV * case.n_gqa, case.head_dim) for case in cases]
-    ends = np.cumsum([np.prod(shape) for shape in shapes])
     values = np.frombuffer(done.stdout, np.float32)
-    assert len(values) == ends[-1]
-    return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
+    results, at = [], 0
+    for case in cases:
+        attention = (case.n_tokens, N_HEAD_KV * case.n_gqa, case.head_dim)
+        estimates = (N_HEAD_KV, case.n_pages)
+        middle = at + np.prod(attention)
+        end = middle + np.prod(estimates)
+        results.append((values[at:middle].reshape(attention), values[middle:end].reshape(estimates)))
+        at = end
+    assert at == len(values)
+    return results
+
+
+def run(command: list[str], kernel: str, cases: list[Case]) -> list[np.ndarray]:
+    """The attention of every case: [n_tokens, n_head, head_dim]."""
+    return [attention for attention, _ in _run(command, kernel, cases)]
+
+
+def run_estimates(command: list[str], kernel: str, cases: list[Case]) -> list[np.ndarray]:
+    """The estimated attention probability of every case's pages: [n_head_kv, n_pages], 0 where not promoted."""
+    return [estimates for _, estimates in _run(command, kernel, cases)]
