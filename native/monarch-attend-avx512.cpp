@@ -363,6 +363,10 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
 
         monarch_hot_load(attend, head_kv, i0, n, &avx512);
 
+        if (monarch_attend_has_rest(attend)) {
+            monarch_work_add_v(work, attend->op.codec.head_dim, avx512.v, monarch_mask_visible(attend->mask, work->rows[0].i_token, i0, valid));
+        }
+
         int64_t ir = 0;
         for (; ir + 8 <= work->n_rows; ir += 8) {
             monarch_hot_rows<8>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);

@@ -209,6 +209,14 @@ static bool monarch_hot_read_mask(const struct monarch_attend * attend, const st
     return visible;
 }
 
+static inline uint32_t monarch_mask_get_visible(const float * mask, int64_t n) {
+    uint32_t res = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        res |= (uint32_t) (mask[i] > -INFINITY) << i;
+    }
+    return res;
+}
+
 template <int R>
 static inline void monarch_hot_dot(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t ir, struct monarch_simd_work * simd) {
     const int64_t head_dim = attend->op.codec.head_dim;
@@ -308,6 +316,10 @@ static void monarch_simd_hot(const struct monarch_attend * attend, int64_t head_
         }
 
         monarch_hot_load(attend, head_kv, i0, n, &simd);
+
+        if (monarch_attend_has_rest(attend)) {
+            monarch_work_add_v(work, attend->op.codec.head_dim, simd.v, monarch_mask_get_visible(simd.mask, n));
+        }
 
         int64_t ir = 0;
         for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {

@@ -1,6 +1,7 @@
 #include "monarch-attend.h"
 
 #include "monarch-enums.h"
+#include "monarch-summary-math.h"
 
 #include "ggml-impl.h"
 #include "vec.h"
@@ -79,6 +80,7 @@ static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_d
 
     work->rows        = (monarch_row *) monarch_work_take(&ptr, n_rows*sizeof(monarch_row));
     work->vectors     = (float *)       monarch_work_take(&ptr, 3*n_rows*head_dim*sizeof(float));
+    work->v_sum       = (float *)       monarch_work_take(&ptr, head_dim*sizeof(float));
     work->mass        = (float *)       monarch_work_take(&ptr, n_rows*n_pages_max*sizeof(float));
     work->probability = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->rank        = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
@@ -112,6 +114,9 @@ static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, in
     const int64_t head_dim = attend->op.codec.head_dim;
 
     work->n_rows = n_tokens*attend->n_gqa;
+    work->n_v    = 0;
+
+    memset(work->v_sum, 0, head_dim*sizeof(float));
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         const int64_t i_token = i_token0 + ir/attend->n_gqa;
@@ -183,21 +188,25 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
     std::fill(work->probability, work->probability + n_pages, 0.0f);
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
-        const monarch_row * row = &work->rows[ir];
+        monarch_row * row = &work->rows[ir];
 
         float * mass = row->mass;
 
         const float hot = row->max + logf(row->sum);
 
         const float max = std::max(monarch_find_max(n_pages, mass), hot);
+        const float sum = (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max);
 
-        const float inverse = 1.0f/(expf(hot - max) + (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max));
+        const float inverse = 1.0f/(expf(hot - max) + sum);
 
         for (int32_t i = 0; i < n_pages; ++i) {
             const float probability = mass[i]*inverse;
 
             work->probability[i] = work->probability[i] > probability ? work->probability[i] : probability;
         }
+
+        row->cold_max = max;
+        row->cold_sum = sum;
     }
 }
 
@@ -211,12 +220,49 @@ static void monarch_attend_choose_all(const monarch_attend * attend, monarch_wor
     std::iota(work->chosen, work->chosen + work->n_chosen, 0);
 }
 
+bool monarch_attend_has_rest(const monarch_attend * attend) {
+    return monarch_attend_is_selective(attend) && monarch_summary_is_estimate(attend->op.scorer);
+}
+
+static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, int32_t n_chosen, const int32_t * chosen, const float * v) {
+    float rest = row->cold_sum;
+    for (int32_t ic = 0; ic < n_chosen; ++ic) {
+        rest -= row->mass[chosen[ic]];
+    }
+    if (!(rest > 0.0f)) {
+        return; // nothing, or what a broken model makes
+    }
+    if (row->cold_max > row->max) {
+        monarch_row_set_max(row, head_dim, row->cold_max);
+    }
+
+    const float w = rest*expf(row->cold_max - row->max);
+
+    ggml_vec_mad_f32((int) head_dim, row->hot, v, w);
+    row->sum += w;
+}
+
+static void monarch_attend_add_rest(const monarch_attend * attend, monarch_work * work) {
+    if (!monarch_attend_has_rest(attend) || work->n_chosen == attend->n_pages || work->n_v == 0) {
+        return;
+    }
+    const int64_t head_dim = attend->op.codec.head_dim;
+
+    ggml_vec_scale_f32((int) head_dim, work->v_sum, 1.0f/(float) work->n_v);
+
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        monarch_row_add_rest(&work->rows[ir], head_dim, work->n_chosen, work->chosen, work->v_sum);
+    }
+}
+
 // from the scores of all pages
 static void monarch_attend_choose(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
     monarch_attend_estimate(attend, work);
 
     work->n_chosen = monarch_policy_select(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->n_pages_max,
             attend->n_pages, attend->table, work->probability, work->rank, work->chosen);
+
+    monarch_attend_add_rest(attend, work);
 }
 
 static void monarch_rows_clear_mass(monarch_work * work) {
@@ -346,7 +392,12 @@ static void monarch_part_merge_rows(const monarch_attend * attend, const monarch
     monarch_work * work = monarch_part_get(attend, part, 0);
 
     for (int64_t i = 1; i < part->n_parts; ++i) {
-        const monarch_work * other = monarch_part_get(attend, part, i);
+        monarch_work * other = monarch_part_get(attend, part, i);
+
+        ggml_vec_add_f32((int) head_dim, work->v_sum, work->v_sum, other->v_sum);
+        work->n_v += other->n_v;
+        other->n_v = 0;
+        std::fill(other->v_sum, other->v_sum + head_dim, 0.0f);
 
         for (int64_t ir = 0; ir < work->n_rows; ++ir) {
             monarch_row * dst = &work->rows[ir];

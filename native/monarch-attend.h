@@ -39,15 +39,17 @@ struct monarch_attend {
 
 // one query head of one token
 struct monarch_row {
-    const float * q;       // [head_dim]
-    float       * q_rot;   // [head_dim] rotated like cold K
-    float       * hot;     // [head_dim] sum over V that is not rotated
-    float       * cold;    // [head_dim] sum over V that is
-    float       * mass;    // [n_mass] attention mass of the pages attended so far, on the scale of max
+    const float * q;        // [head_dim]
+    float       * q_rot;    // [head_dim] rotated like cold K
+    float       * hot;      // [head_dim] sum over V that is not rotated
+    float       * cold;     // [head_dim] sum over V that is
+    float       * mass;     // [n_mass] attention mass of the pages attended so far, on the scale of max
     int64_t       n_mass;
     int64_t       i_token;
-    float         max;     // online softmax over hot and cold
+    float         max;      // online softmax over hot and cold
     float         sum;
+    float         cold_max; // estimated mass of all cold pages: cold_sum*exp(cold_max)
+    float         cold_sum;
 };
 
 // a thread's scratch
@@ -55,6 +57,8 @@ struct monarch_work {
     struct monarch_row * rows;        // [n_rows]
     int64_t              n_rows;
     float              * vectors;     // [n_rows][3][head_dim]
+    float              * v_sum;       // [head_dim] over the V of the ring that the block's first token sees
+    int64_t              n_v;         // of them
     float              * mass;        // [n_rows][n_pages_max] estimated, then measured
     float              * probability; // [n_pages_max]
     float              * rank;        // [n_pages_max]
@@ -88,6 +92,22 @@ extern const struct monarch_kernel monarch_kernel_plain;
 extern const struct monarch_kernel monarch_kernel_avx512;
 extern const struct monarch_kernel monarch_kernel_avx2;
 extern const struct monarch_kernel monarch_kernel_neon;
+
+// What the pages get that are not promoted goes to the mean V of the hot window: Ribar et al., SparQ Attention, 2023, who take
+// the mean over all tokens. docs/defaults.md
+bool monarch_attend_has_rest(const struct monarch_attend * attend);
+
+// v: rows of the ring as f32; visible: those that the block's first token sees
+static inline void monarch_work_add_v(struct monarch_work * work, int64_t head_dim, const float * v, uint32_t visible) {
+    for (int64_t i = 0; visible; ++i, visible >>= 1) {
+        if (visible & 1) {
+            for (int64_t d = 0; d < head_dim; ++d) {
+                work->v_sum[d] += v[i*head_dim + d];
+            }
+            work->n_v++;
+        }
+    }
+}
 
 // moves a row's softmax to a greater maximum
 void monarch_row_set_max(struct monarch_row * row, int64_t head_dim, float max);

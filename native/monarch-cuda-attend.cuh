@@ -59,8 +59,11 @@ struct monarch_cuda_attend {
     float   * part_max;    // [n_groups][n_rows][n_hot + n_cold]
     float   * part_sum;
     float   * part_acc;    // [n_groups][n_rows][n_hot + n_cold][head_dim]
+    float   * part_v;      // [n_groups][n_hot][head_dim] sums over the V that the group's first token sees
+    int32_t * part_n_v;    // [n_groups][n_hot] of them
     float   * row_max;     // [n_groups][n_rows] of the estimate
     float   * row_inverse; // [n_groups][n_rows] of the estimate
+    float   * row_rest;    // [n_groups][n_rows] estimated mass of the pages that were not chosen, on the scale of row_max
     float   * row_lse;     // [n_groups][n_rows] log-sum-exp of all that was attended
     float   * mass;        // [n_groups][n_rows][n_pages_max] logarithms: estimated by page, then measured by choice
     float   * probability; // [n_groups][n_pages_max]
@@ -277,6 +280,7 @@ struct monarch_tile {
     float   * point;  // [4][256] x and y of K's codes, then of V's
     int32_t * page;   // [MONARCH_TILE/8] physical pages of a tile, -1: none
     int32_t * valid;  // [MONARCH_TILE/8] their valid tokens
+    int32_t * seen;   // [MONARCH_TILE] whether the group's first token sees a slot
 };
 
 template <int ROWS>
@@ -292,13 +296,14 @@ MONARCH_DEVICE monarch_tile monarch_tile_get(float * shared, int32_t head_dim) {
     res.acc    = res.sum    + ROWS;
     res.point  = res.acc    + 2*ROWS*MONARCH_THREADS;
     res.page   = (int32_t *) (res.point + 4*256);
-    res.valid  = res.page + MONARCH_TILE/8;
+    res.valid  = res.page  + MONARCH_TILE/8;
+    res.seen   = res.valid + MONARCH_TILE/8;
 
     return res;
 }
 
 static size_t monarch_tile_size(int32_t n_rows, int32_t head_dim) {
-    const size_t n = n_rows*head_dim + (MONARCH_SLICES + 1)*n_rows*MONARCH_TILE + 3*n_rows + 2*n_rows*MONARCH_THREADS + 4*256 + 2*MONARCH_TILE/8;
+    const size_t n = n_rows*head_dim + (MONARCH_SLICES + 1)*n_rows*MONARCH_TILE + 3*n_rows + 2*n_rows*MONARCH_THREADS + 4*256 + 2*MONARCH_TILE/8 + MONARCH_TILE;
     return n*sizeof(float);
 }
 
@@ -413,8 +418,50 @@ MONARCH_DEVICE float monarch_ring_get(int32_t type, const char * row, int32_t i)
     return type == GGML_TYPE_F32 ? ((const float *) row)[i] : monarch_f16_to_f32(((const uint16_t *) row)[i]);
 }
 
+// the codec's f16 are finite, a mask's may not be
 MONARCH_DEVICE float monarch_mask_get(const monarch_cuda_attend & a, int32_t i_kv, int32_t i_token) {
-    return monarch_ring_get(a.mask.type, a.mask.data + i_token*a.mask.nb1, i_kv);
+    const float res = monarch_ring_get(a.mask.type, a.mask.data + i_token*a.mask.nb1, i_kv);
+
+    return res <= -65536.0f ? -INFINITY : res;
+}
+
+// whether what the pages get that are not chosen goes to the mean V of the hot window (monarch-attend.h)
+MONARCH_DEVICE bool monarch_group_has_rest(const monarch_cuda_attend & a, const monarch_cuda_group & group) {
+    return group.mode == MONARCH_MODE_PAGED && group.n_pages > 0 && monarch_summary_is_estimate(a.op.scorer);
+}
+
+// a part's sums over V, of which every team of threads has some; n_seen: of a lane of the first warp
+template <int ROWS>
+MONARCH_DEVICE void monarch_rest_end(const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_tile & tile, float sum_x, float sum_y, int32_t n_seen) {
+    const int32_t head_dim = a.op.codec.head_dim;
+    const int32_t n_pairs  = head_dim/2;
+    const int32_t n_teams  = MONARCH_THREADS/n_pairs;
+    const int32_t team     = threadIdx.x/n_pairs;
+    const int32_t p        = threadIdx.x%n_pairs;
+    const size_t  i_part   = (size_t) group.i*a.n_hot + blockIdx.x;
+
+    __syncthreads(); // the accumulators of the rows have been read
+
+    if (team < n_teams) {
+        tile.acc[team*head_dim + p]           = sum_x;
+        tile.acc[team*head_dim + p + n_pairs] = sum_y;
+    }
+    __syncthreads();
+
+    for (int32_t i = threadIdx.x; i < head_dim; i += blockDim.x) {
+        float sum = 0.0f;
+        for (int32_t t = 0; t < n_teams; ++t) {
+            sum += tile.acc[t*head_dim + i];
+        }
+        a.part_v[i_part*head_dim + i] = sum;
+    }
+    if (threadIdx.x < MONARCH_WARP) {
+        const float n = monarch_warp_sum((float) n_seen, MONARCH_WARP);
+
+        if (threadIdx.x == 0) {
+            a.part_n_v[i_part] = (int32_t) n;
+        }
+    }
 }
 
 // grid: parts, tiles of rows, groups
@@ -445,6 +492,13 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
     float acc_x[ROWS] = { 0 };
     float acc_y[ROWS] = { 0 };
 
+    // one tile of rows is enough for the sums over V
+    const bool has_rest = row0 == 0 && monarch_group_has_rest(a, group);
+
+    float   sum_x  = 0.0f;
+    float   sum_y  = 0.0f;
+    int32_t n_seen = 0;
+
     for (int32_t i0 = blockIdx.x*MONARCH_TILE; i0 < a.n_kv; i0 += a.n_hot*MONARCH_TILE) {
         // a lane takes a slot, a warp a slice of its values
         float dot[ROWS] = { 0 };
@@ -471,6 +525,10 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
 
             monarch_tile_add(tile, r, mask == -INFINITY ? mask : a.op.kq_scale*monarch_tile_logit<ROWS>(tile, r) + mask, 1.0f);
         }
+        if (warp == 0) {
+            tile.seen[lane] = has_rest && i0 + lane < a.n_kv && monarch_mask_get(a, i0 + lane, group.i_token) > -INFINITY;
+            n_seen += tile.seen[lane];
+        }
         __syncthreads();
 
         if (team < n_teams) {
@@ -487,12 +545,20 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
                     acc_x[r] = fmaf(tile.weight[r*MONARCH_TILE + t], x, acc_x[r]);
                     acc_y[r] = fmaf(tile.weight[r*MONARCH_TILE + t], y, acc_y[r]);
                 }
+                if (tile.seen[t]) {
+                    sum_x += x;
+                    sum_y += y;
+                }
             }
         }
         __syncthreads();
     }
 
     monarch_tile_end<ROWS>(a, group, row0, n_rows, blockIdx.x, tile, acc_x, acc_y);
+
+    if (has_rest) {
+        monarch_rest_end<ROWS>(a, group, tile, sum_x, sum_y, n_seen);
+    }
 }
 
 //
@@ -714,6 +780,17 @@ MONARCH_DEVICE float monarch_parts_add(const monarch_cuda_attend & a, const mona
     return res;
 }
 
+// value d of the mean V of the ring, as the group's first token sees it
+MONARCH_DEVICE float monarch_rest_get_v(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t d) {
+    float   sum = 0.0f;
+    int32_t n   = 0;
+    for (int32_t i = 0; i < a.n_hot; ++i) {
+        sum += a.part_v[((size_t) group.i*a.n_hot + i)*a.op.codec.head_dim + d];
+        n   += a.part_n_v[group.i*a.n_hot + i];
+    }
+    return n > 0 ? sum/(float) n : 0.0f;
+}
+
 // grid: rows, groups; shared: [3][head_dim]
 MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
     MONARCH_SHARED(shared);
@@ -731,11 +808,23 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
     float sum;
     monarch_parts_get(a, group, row, 0, a.n_hot + a.n_cold, max, sum);
 
+    const size_t i_row = monarch_row_index(a, group, row);
+    const float  rest  = monarch_group_has_rest(a, group) ? a.row_rest[i_row] : 0.0f;
+
+    float weight = 0.0f; // of the rest
+    if (rest > 0.0f) {
+        const float max_new = fmaxf(max, a.row_max[i_row]);
+
+        weight = rest*expf(a.row_max[i_row] - max_new);
+        sum    = sum*expf(max - max_new) + weight;
+        max    = max_new;
+    }
+
     float * hot  = shared;
     float * cold = shared + head_dim;
 
     for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
-        hot [d] = monarch_parts_add(a, group, row, 0, a.n_hot, max, d);
+        hot [d] = monarch_parts_add(a, group, row, 0, a.n_hot, max, d) + (weight > 0.0f ? weight*monarch_rest_get_v(a, group, d) : 0.0f);
         cold[d] = monarch_parts_add(a, group, row, a.n_hot, a.n_hot + a.n_cold, max, d);
     }
     __syncthreads();
@@ -752,6 +841,6 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
         dst[d] = (hot[d] + cold[d])/sum;
     }
     if (threadIdx.x == 0) {
-        a.row_lse[monarch_row_index(a, group, row)] = max + logf(sum);
+        a.row_lse[i_row] = max + logf(sum);
     }
 }

@@ -248,6 +248,38 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
     }
 }
 
+// per row: what is left of the estimate without the chosen pages
+// grid: rows, groups; shared: one float to a warp
+MONARCH_KERNEL monarch_estimate_rest(const monarch_cuda_attend a) {
+    MONARCH_SHARED(shared);
+
+    const monarch_cuda_group group = monarch_group_get(a, blockIdx.y);
+
+    const int32_t row = blockIdx.x;
+
+    if (row >= group.n_rows || !monarch_group_has_rest(a, group)) {
+        return;
+    }
+
+    const size_t    i_row    = monarch_row_index(a, group, row);
+    const float   * mass     = a.mass + i_row*a.n_pages_max;
+    const int32_t * chosen   = a.chosen + (size_t) group.i*a.n_pages_max;
+    const int32_t   n_chosen = a.n_chosen[group.i];
+
+    float sum = 0.0f;
+    for (int32_t i = threadIdx.x; i < group.n_pages; i += blockDim.x) {
+        sum += expf(mass[i] - a.row_max[i_row]);
+    }
+    for (int32_t ic = threadIdx.x; ic < n_chosen; ic += blockDim.x) {
+        sum -= expf(mass[chosen[ic]] - a.row_max[i_row]);
+    }
+    sum = monarch_block_sum(sum, shared);
+
+    if (threadIdx.x == 0) {
+        a.row_rest[i_row] = n_chosen < group.n_pages ? sum : 0.0f;
+    }
+}
+
 //
 // sticky state
 //

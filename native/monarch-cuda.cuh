@@ -44,8 +44,11 @@ static char * monarch_cuda_take_scratch(monarch_cuda_attend & a, char * ptr) {
     a.part_max    = (float   *) monarch_cuda_take(&ptr, n_parts*sizeof(float));
     a.part_sum    = (float   *) monarch_cuda_take(&ptr, n_parts*sizeof(float));
     a.part_acc    = (float   *) monarch_cuda_take(&ptr, n_parts*head_dim*sizeof(float));
+    a.part_v      = (float   *) monarch_cuda_take(&ptr, n_groups*a.n_hot*head_dim*sizeof(float));
+    a.part_n_v    = (int32_t *) monarch_cuda_take(&ptr, n_groups*a.n_hot*sizeof(int32_t));
     a.row_max     = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));
     a.row_inverse = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));
+    a.row_rest    = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));
     a.row_lse     = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));
     a.mass        = (float   *) monarch_cuda_take(&ptr, n_rows*a.n_pages_max*sizeof(float));
     a.probability = (float   *) monarch_cuda_take(&ptr, n_groups*a.n_pages_max*sizeof(float));
@@ -137,6 +140,7 @@ static void monarch_cuda_launch_select(const monarch_cuda_attend & a, int32_t n_
     MONARCH_LAUNCH(monarch_estimate_rows,  rows,     MONARCH_THREADS,        MONARCH_THREADS/MONARCH_WARP*sizeof(float),            stream, a);
     MONARCH_LAUNCH(monarch_estimate_pages, pages,    MONARCH_THREADS,        0,                                                     stream, a);
     MONARCH_LAUNCH(monarch_select_pages,   n_groups, MONARCH_SELECT_THREADS, (258 + MONARCH_SELECT_THREADS)*sizeof(int32_t),        stream, a);
+    MONARCH_LAUNCH(monarch_estimate_rest,  rows,     MONARCH_THREADS,        MONARCH_THREADS/MONARCH_WARP*sizeof(float),            stream, a);
 }
 
 static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * work, cudaStream_t stream) {

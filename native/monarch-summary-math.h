@@ -172,6 +172,11 @@ MONARCH_HD static inline int32_t monarch_summary_encode_code(float x, float step
 // scores
 //
 
+// whether a score says what a page would get; else it bounds that
+MONARCH_HD static inline bool monarch_summary_is_estimate(int32_t scorer) {
+    return scorer != MONARCH_SCORER_MINMAX;
+}
+
 // the logarithm of what a score stands for: all of a page's tokens, or those of one part
 MONARCH_HD static inline float monarch_summary_log_count(int32_t scorer, int32_t n_tokens) {
     if (scorer != MONARCH_SCORER_PARTS) {

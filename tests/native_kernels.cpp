@@ -6,9 +6,9 @@
 
 #include "native_cases.h"
 
-static bool test_case_read(test_case * c) {
-    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
-            &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs) == 14;
+static bool test_case_read(test_case * c, int32_t * q_zero) {
+    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
+            &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs, q_zero) == 15;
 }
 
 // in the order of the table; 0: not promoted, or promoted without being estimated
@@ -32,7 +32,7 @@ static std::vector<float> get_estimates(const test_case & c, int64_t n_pages_max
     return res;
 }
 
-static void test_case_run(const test_case & c) {
+static void test_case_run(const test_case & c, int32_t q_zero) {
     const int64_t n_pages_max = (c.n_pages + 16)/16*16; // one more than needed, at least
 
     monarch_op_params op = {};
@@ -56,7 +56,8 @@ static void test_case_run(const test_case & c) {
 
     seed = 1;
     for (int64_t i = 0; i < c.head_dim*n_head_kv*c.n_gqa*c.n_tokens; ++i) {
-        q.set(i, random_value());
+        const float x = random_value();
+        q.set(i, q_zero ? 0.0f : x);
     }
     for (int64_t i = 0; i < c.head_dim*n_head_kv*c.n_kv; ++i) {
         k.set(i, random_value());
@@ -95,8 +96,9 @@ static void test_case_run(const test_case & c) {
 
 int main() {
     test_case c;
-    while (test_case_read(&c)) {
-        test_case_run(c);
+    int32_t   q_zero;
+    while (test_case_read(&c, &q_zero)) {
+        test_case_run(c, q_zero);
     }
     return 0;
 }

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     hot_bf16: int = 0
     mask_f32: int = 0
     n_runs: int = 1
+    q_zero: int = 0
 
 
 def upstream_dir() -> Path:

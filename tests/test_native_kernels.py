@@ -103,6 +103,22 @@ def test_scores_choose_the_same_pages(program: Program, scorer: int) -> None:
     assert sum(apart) <= 0.1 * len(apart), apart
 
 
+@pytest.mark.parametrize("scorer", [0, 1, 2])
+def test_rest_goes_to_the_mean_v_of_the_hot_window(program: Program, scorer: int) -> None:
+    """With no page promoted: the hot window's attention and its mean V, weighted as estimated. minmax: no rest."""
+    base = [Case(head_dim, n_gqa=1, n_pages=37, n_promote=0, scorer=scorer, n_kv=75) for head_dim in HEAD_DIMS]
+
+    def run_as(run: Callable, **changes: int) -> list[np.ndarray]:
+        return run(program.command, program.kernel, [case._replace(**changes) for case in base])
+
+    paged, hot, mean = run_as(run, mode=PAGED), run_as(run, mode=WINDOW), run_as(run, mode=WINDOW, q_zero=1)
+    estimates = run_as(run_estimates, mode=PAGED, n_promote=37)
+    for case, got, of_hot, v, estimated in zip(base, paged, hot, mean, estimates, strict=True):
+        share = estimated.sum(1).reshape(1, -1, 1) * (scorer != 0)  # a KV head has one query head
+        assert nmse(got, (1 - share) * of_hot + share * v) <= 1e-9, case
+        assert scorer == 0 or (share > 0.01).all()
+
+
 def test_hot_window_of_another_type(program: Program) -> None:
     cases = [Case(head_dim, mode=WINDOW, hot_bf16=1) for head_dim in HEAD_DIMS]
     got, want = (run(program.command, kernel, cases) for kernel in (program.kernel, "plain"))
