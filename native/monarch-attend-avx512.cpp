@@ -32,6 +32,7 @@
 #define MONARCH_TABLE_BYTES 6
 #define MONARCH_TABLES      8
 #define MONARCH_TABLES_MAX  251.0f
+#define MONARCH_TABLES_HALF 130 // and no less than half of that with the rounding
 
 // a constant, so that the rows of a block are at constant offsets
 #define MONARCH_Q_STRIDE MONARCH_MAX_HEAD_DIM
@@ -63,7 +64,7 @@ struct monarch_avx512_work {
     uint8_t * tables;  // [MONARCH_SCORE_ROWS][n_tables][MONARCH_TABLE_SIZE] of summary weights
     float   * scores;  // [MONARCH_SCORE_ROWS][monarch_scores_stride] by physical page
     float   * log_n;   // [n_pages_max] logarithm of a page's tokens
-    int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones, else -1
+    int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones with as many tokens, else -1
     uint8_t * used;    // [n_pages_max/16] groups of summaries to be scored
 };
 
@@ -821,7 +822,7 @@ static inline int64_t monarch_group_size(int64_t head_dim) {
     return MONARCH_SUMMARY_GROUP*monarch_summary_size((int32_t) head_dim);
 }
 
-// scores of 16 pages for R rows; asks for the same of the next group
+// scores of 16 pages for R rows; asks for the next 16
 template <int R>
 static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
     __m512 score[R];
@@ -831,6 +832,8 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
 
     const uint8_t * values     = group + 4*MONARCH_SUMMARY_GROUP*2;
     const int64_t   group_size = monarch_group_size(head_dim);
+
+    monarch_cold_prefetch(group + group_size, values - group);
 
     for (int half = 0; half < 2; ++half) {
         __m512i dot[R];
@@ -873,7 +876,7 @@ static inline int monarch_tables_get_shift(int64_t head_dim) {
     const int64_t n_sums = (head_dim/4 + MONARCH_TABLE_BYTES - 1)/MONARCH_TABLE_BYTES;
 
     int res = 0;
-    while (((n_sums*130 + 1) << (res + 1)) <= INT16_MAX) {
+    while (((n_sums*MONARCH_TABLES_HALF + 1) << (res + 1)) <= INT16_MAX) {
         ++res;
     }
     return res;
@@ -953,8 +956,7 @@ static inline void monarch_tables_look_up(__m512i index, const uint8_t * table, 
     }
 }
 
-// what four parts of 16 pages add up to as 16 bits, in pairs: the first and third of each page, the second and fourth; asks
-// for the same of the next group
+// what four parts of 16 pages add up to as 16 bits, in pairs: the first and third of each page, the second and fourth
 template <int R>
 static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_score_query * query, __m512i sums[2][R]) {
     const int64_t n_bytes    = head_dim/4;
@@ -1030,10 +1032,13 @@ static inline void monarch_parts_get_scales(const uint8_t * codes, __m512 factor
     }
 }
 
-// scores of 16 pages for R rows
+// scores of 16 pages for R rows; asks for the next 16
 template <int R>
 static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
     const uint8_t * codes = group + monarch_summary_scale_at(0, 0);
+
+    monarch_cold_prefetch(group + monarch_group_size(head_dim), MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP);
+
     const int       shift = monarch_tables_get_shift(head_dim);
     const __m512 greatest = monarch_parts_find_greatest(codes);
     const __m512   factor = _mm512_div_ps(_mm512_set1_ps(32767.0f), greatest);
@@ -1078,8 +1083,8 @@ static void monarch_score_find_pages(const struct monarch_attend * attend, const
     avx512->runs[i/MONARCH_LANES] = -1;
 }
 
-// The same for 16. They name consecutive physical pages, until pages are recycled, and then no gather is needed; most hold as
-// many tokens as each other.
+// The same for 16. Until pages are recycled they name consecutive physical ones, which need no gather, and most hold as many
+// tokens as each other.
 static void monarch_score_find_run(const struct monarch_attend * attend, const float * log_table, int32_t i, struct monarch_avx512_work * avx512) {
     const __m512i ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i even = _mm512_slli_epi32(ramp, 1);
@@ -1123,19 +1128,26 @@ static void monarch_score_gather(const struct monarch_attend * attend, const str
 
 typedef void (*monarch_score_kernel)(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride);
 
-// for at least n rows
+// of the kernel for at least n
+static int64_t monarch_score_count_rows(int64_t n) {
+    return n > 4 ? 8 : n > 1 ? 4 : 1;
+}
+
 static monarch_score_kernel monarch_score_find_kernel(int32_t scorer, int64_t n) {
-    if (scorer == MONARCH_SCORER_PARTS) {
-        return n > 4 ? monarch_score_parts<8> : n > 1 ? monarch_score_parts<4> : monarch_score_parts<1>;
+    const bool has_parts = scorer == MONARCH_SCORER_PARTS;
+
+    switch (monarch_score_count_rows(n)) {
+        case 8:  return has_parts ? monarch_score_parts<8> : monarch_score_group<8>;
+        case 4:  return has_parts ? monarch_score_parts<4> : monarch_score_group<4>;
+        default: return has_parts ? monarch_score_parts<1> : monarch_score_group<1>;
     }
-    return n > 4 ? monarch_score_group<8> : n > 1 ? monarch_score_group<4> : monarch_score_group<1>;
 }
 
 // of n rows; those that the kernel takes with them weigh nothing
 static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_avx512_work * avx512, struct monarch_score_query * query) {
     const int32_t head_dim  = attend->op.codec.head_dim;
     const int64_t n_tables  = monarch_tables_count(head_dim);
-    const int64_t n_kernel  = n > 4 ? 8 : n > 1 ? 4 : 1;
+    const int64_t n_kernel  = monarch_score_count_rows(n);
     const bool    has_parts = attend->op.scorer == MONARCH_SCORER_PARTS;
 
     memset(query, 0, sizeof(*query));

@@ -195,9 +195,8 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
         const float hot = row->max + logf(row->sum);
 
         const float max = std::max(monarch_find_max(n_pages, mass), hot);
-        const float sum = (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max);
 
-        const float inverse = 1.0f/(expf(hot - max) + sum);
+        const float inverse = 1.0f/(expf(hot - max) + (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max));
 
         for (int32_t i = 0; i < n_pages; ++i) {
             const float probability = mass[i]*inverse;
@@ -205,8 +204,7 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
             work->probability[i] = work->probability[i] > probability ? work->probability[i] : probability;
         }
 
-        row->cold_max = max;
-        row->cold_sum = sum;
+        row->estimate_max = max;
     }
 }
 
@@ -224,19 +222,35 @@ bool monarch_attend_has_rest(const monarch_attend * attend) {
     return monarch_attend_is_selective(attend) && monarch_summary_is_estimate(attend->op.scorer);
 }
 
-static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, int32_t n_chosen, const int32_t * chosen, const float * v) {
-    float rest = row->cold_sum;
-    for (int32_t ic = 0; ic < n_chosen; ++ic) {
-        rest -= row->mass[chosen[ic]];
+// the masses of the pages that were not chosen; chosen: ascending
+static float monarch_row_sum_rest(const monarch_row * row, int32_t n_pages, int32_t n_chosen, const int32_t * chosen) {
+    float res = 0.0f;
+
+    int32_t i = 0;
+    for (int32_t ic = 0; ic <= n_chosen; ++ic) {
+        const int32_t end = ic < n_chosen ? chosen[ic] : n_pages;
+
+        float sum = 0.0f;
+        ggml_vec_sum_f32(end - i, &sum, row->mass + i);
+        res += sum;
+        i    = end + 1;
     }
+    return res;
+}
+
+static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, float rest, const float * v) {
     if (!(rest > 0.0f)) {
         return; // nothing, or what a broken model makes
     }
-    if (row->cold_max > row->max) {
-        monarch_row_set_max(row, head_dim, row->cold_max);
+
+    // estimates may be far above what there is: not all of them, what is left of them has a say in the maximum
+    const float logit = row->estimate_max + logf(rest);
+
+    if (logit > row->max) {
+        monarch_row_set_max(row, head_dim, logit);
     }
 
-    const float w = rest*expf(row->cold_max - row->max);
+    const float w = expf(logit - row->max);
 
     ggml_vec_mad_f32((int) head_dim, row->hot, v, w);
     row->sum += w;
@@ -251,7 +265,9 @@ static void monarch_attend_add_rest(const monarch_attend * attend, monarch_work 
     ggml_vec_scale_f32((int) head_dim, work->v_sum, 1.0f/(float) work->n_v);
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
-        monarch_row_add_rest(&work->rows[ir], head_dim, work->n_chosen, work->chosen, work->v_sum);
+        monarch_row * row = &work->rows[ir];
+
+        monarch_row_add_rest(row, head_dim, monarch_row_sum_rest(row, attend->n_pages, work->n_chosen, work->chosen), work->v_sum);
     }
 }
 

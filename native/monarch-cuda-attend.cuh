@@ -67,7 +67,7 @@ struct monarch_cuda_attend {
     float   * row_lse;     // [n_groups][n_rows] log-sum-exp of all that was attended
     float   * mass;        // [n_groups][n_rows][n_pages_max] logarithms: estimated by page, then measured by choice
     float   * probability; // [n_groups][n_pages_max]
-    float   * rank;        // [n_groups][n_pages_max]
+    float   * rank;        // [n_groups][n_pages_max]; once the choice is made, 1 or 0: whether a page was chosen
     int32_t * chosen;      // [n_groups][n_pages_max] indices into the table, ascending
     int32_t * n_chosen;    // [n_groups]
 };
@@ -418,11 +418,11 @@ MONARCH_DEVICE float monarch_ring_get(int32_t type, const char * row, int32_t i)
     return type == GGML_TYPE_F32 ? ((const float *) row)[i] : monarch_f16_to_f32(((const uint16_t *) row)[i]);
 }
 
-// the codec's f16 are finite, a mask's may not be
+// where the codec's own conversion serves, -inf comes out as -65536
 MONARCH_DEVICE float monarch_mask_get(const monarch_cuda_attend & a, int32_t i_kv, int32_t i_token) {
     const float res = monarch_ring_get(a.mask.type, a.mask.data + i_token*a.mask.nb1, i_kv);
 
-    return res <= -65536.0f ? -INFINITY : res;
+    return a.mask.type == GGML_TYPE_F16 && res <= -65536.0f ? -INFINITY : res;
 }
 
 // whether what the pages get that are not chosen goes to the mean V of the hot window (monarch-attend.h)
@@ -780,15 +780,22 @@ MONARCH_DEVICE float monarch_parts_add(const monarch_cuda_attend & a, const mona
     return res;
 }
 
-// value d of the mean V of the ring, as the group's first token sees it
+// slots of the ring that the group's first token sees
+MONARCH_DEVICE int32_t monarch_rest_get_n(const monarch_cuda_attend & a, const monarch_cuda_group & group) {
+    int32_t res = 0;
+    for (int32_t i = 0; i < a.n_hot; ++i) {
+        res += a.part_n_v[group.i*a.n_hot + i];
+    }
+    return res;
+}
+
+// value d of their mean V
 MONARCH_DEVICE float monarch_rest_get_v(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t d) {
-    float   sum = 0.0f;
-    int32_t n   = 0;
+    float sum = 0.0f;
     for (int32_t i = 0; i < a.n_hot; ++i) {
         sum += a.part_v[((size_t) group.i*a.n_hot + i)*a.op.codec.head_dim + d];
-        n   += a.part_n_v[group.i*a.n_hot + i];
     }
-    return n > 0 ? sum/(float) n : 0.0f;
+    return sum/(float) monarch_rest_get_n(a, group);
 }
 
 // grid: rows, groups; shared: [3][head_dim]
@@ -809,13 +816,14 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
     monarch_parts_get(a, group, row, 0, a.n_hot + a.n_cold, max, sum);
 
     const size_t i_row = monarch_row_index(a, group, row);
-    const float  rest  = monarch_group_has_rest(a, group) ? a.row_rest[i_row] : 0.0f;
+    const float  rest  = monarch_group_has_rest(a, group) && monarch_rest_get_n(a, group) > 0 ? a.row_rest[i_row] : 0.0f;
 
     float weight = 0.0f; // of the rest
     if (rest > 0.0f) {
-        const float max_new = fmaxf(max, a.row_max[i_row]);
+        const float logit   = a.row_max[i_row] + logf(rest);
+        const float max_new = fmaxf(max, logit);
 
-        weight = rest*expf(a.row_max[i_row] - max_new);
+        weight = expf(logit - max_new);
         sum    = sum*expf(max - max_new) + weight;
         max    = max_new;
     }

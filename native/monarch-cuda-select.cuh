@@ -238,10 +238,12 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
         const uint32_t key = monarch_select_key(rank, i);
 
         const bool is_equal = key == threshold && threshold != 0;
-        if (key > threshold || (is_equal && n_seen >= n_left_out)) {
+        const bool is_chosen = key > threshold || (is_equal && n_seen >= n_left_out);
+        if (is_chosen) {
             chosen[ic++] = i;
         }
         n_seen += is_equal;
+        rank[i] = is_chosen ? 1.0f : 0.0f; // from now on
     }
     if (threadIdx.x == 0) {
         a.n_chosen[group.i] = sums[blockDim.x - 1];
@@ -261,22 +263,18 @@ MONARCH_KERNEL monarch_estimate_rest(const monarch_cuda_attend a) {
         return;
     }
 
-    const size_t    i_row    = monarch_row_index(a, group, row);
-    const float   * mass     = a.mass + i_row*a.n_pages_max;
-    const int32_t * chosen   = a.chosen + (size_t) group.i*a.n_pages_max;
-    const int32_t   n_chosen = a.n_chosen[group.i];
+    const size_t  i_row = monarch_row_index(a, group, row);
+    const float * mass  = a.mass + i_row*a.n_pages_max;
+    const float * rank  = a.rank + (size_t) group.i*a.n_pages_max;
 
     float sum = 0.0f;
     for (int32_t i = threadIdx.x; i < group.n_pages; i += blockDim.x) {
-        sum += expf(mass[i] - a.row_max[i_row]);
-    }
-    for (int32_t ic = threadIdx.x; ic < n_chosen; ic += blockDim.x) {
-        sum -= expf(mass[chosen[ic]] - a.row_max[i_row]);
+        sum += rank[i] == 0.0f ? expf(mass[i] - a.row_max[i_row]) : 0.0f;
     }
     sum = monarch_block_sum(sum, shared);
 
     if (threadIdx.x == 0) {
-        a.row_rest[i_row] = n_chosen < group.n_pages ? sum : 0.0f;
+        a.row_rest[i_row] = sum;
     }
 }
 

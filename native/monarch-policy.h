@@ -75,7 +75,7 @@ MONARCH_HD static inline bool monarch_policy_get_rank(
 void monarch_policy_apply_log(const struct monarch_policy * policy, struct monarch_head_state * head, int64_t n_pages_max, int32_t committed);
 
 // probability: [n_pages], estimated, indexed like the table; rank: [n_pages] scratch
-// chosen: indices into the table, ascending; returns how many, at most n_budget
+// chosen: [n_pages] indices into the table, ascending; returns how many, at most n_budget
 int32_t monarch_policy_select(
         const struct monarch_policy      * policy,
         struct monarch_head_state        * head,

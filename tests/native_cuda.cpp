@@ -237,7 +237,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
         int32_t * out = (int32_t *) outs.tensor.data;
         *out++ = 2;
         for (int32_t i = 0; i < n_outs_max; ++i) {
-            *out++ = i == 0 ? c.n_pages/2 + step : step - 1;
+            *out++ = i == 0 ? c.n_pages/2 + 1 + step : step - 1;
             *out++ = (i == 0 ? all : (random_bits() & all) | 1); // some tokens were removed
             for (int32_t t = 0; t < c.page_size; ++t) {
                 *out++ = random_bits()%c.n_kv;

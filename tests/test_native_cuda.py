@@ -41,7 +41,7 @@ class Case(NamedTuple):
     page_size: int = 16
     bits_k: int = 4
     bits_v: int = 4
-    scorer: int = 0
+    scorer: int = 1
     mode: int = EXACT
     n_pages: int = 9
     n_promote: int = 9
@@ -146,7 +146,7 @@ def test_hot_window_alone(emulation: Path) -> None:
 
 def test_parts_where_all_is_masked(emulation: Path) -> None:
     """Some parts of the ring hold nothing that a query may see."""
-    base = Case(64, n_tokens=2, n_kv=300, n_masked=200, n_sm=40)
+    base = Case(64, n_tokens=2, n_kv=300, n_masked=200, n_sm=40, n_promote=4)
     check(emulation, [base._replace(mode=mode) for mode in (WINDOW, EXACT, PAGED)])
 
 
@@ -163,7 +163,7 @@ def test_uncompressed_pages(emulation: Path) -> None:
 def test_sticky_pages_and_a_failed_step(emulation: Path) -> None:
     """The native test lets the third step's predecessor fail: its log must not be applied."""
     sticky = Case(64, mode=PAGED, n_pages=9, n_promote=3, n_steps=14, sticky_threshold=1)
-    other, never = sticky._replace(n_promote=5, scorer=1), sticky._replace(sticky_threshold=0)
+    other, never = sticky._replace(n_promote=5, scorer=2), sticky._replace(sticky_threshold=0)
     results = check(emulation, [sticky, other, never])
     assert results[0].n_dropped > 0 and results[1].n_dropped > 0
     assert results[2].n_dropped == 0
