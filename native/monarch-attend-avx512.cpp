@@ -349,6 +349,24 @@ static bool monarch_hot_is_visible(const struct monarch_attend * attend, const s
     return false;
 }
 
+// monarch_work_add_v() in registers
+static void monarch_hot_sum_v(struct monarch_work * work, int64_t head_dim, const float * v, __mmask16 visible) {
+    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
+        __m512 even = _mm512_loadu_ps(work->v_sum + d);
+        __m512 odd  = _mm512_setzero_ps();
+
+        for (int64_t i = 0; i < MONARCH_LANES; i += 2) {
+            const __mmask16 has_even = (__mmask16) -(visible >> i       & 1);
+            const __mmask16 has_odd  = (__mmask16) -(visible >> (i + 1) & 1);
+
+            even = _mm512_mask_add_ps(even, has_even, even, _mm512_loadu_ps(v + (i + 0)*head_dim + d));
+            odd  = _mm512_mask_add_ps(odd,  has_odd,  odd,  _mm512_loadu_ps(v + (i + 1)*head_dim + d));
+        }
+        _mm512_storeu_ps(work->v_sum + d, _mm512_add_ps(even, odd));
+    }
+    work->n_v += monarch_mask_count(visible);
+}
+
 static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t slot0, int64_t slot1) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
@@ -365,7 +383,7 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
         monarch_hot_load(attend, head_kv, i0, n, &avx512);
 
         if (monarch_attend_has_rest(attend)) {
-            monarch_work_add_v(work, attend->op.codec.head_dim, avx512.v, monarch_mask_visible(attend->mask, work->rows[0].i_token, i0, valid));
+            monarch_hot_sum_v(work, attend->op.codec.head_dim, avx512.v, monarch_mask_visible(attend->mask, work->rows[0].i_token, i0, valid));
         }
 
         int64_t ir = 0;
@@ -719,7 +737,7 @@ static void monarch_cold_attend_tile(const struct monarch_attend * attend, struc
 }
 
 // chosen pages lie anywhere: ask for them this many pages ahead
-#define MONARCH_PREFETCH 2
+#define MONARCH_PREFETCH 4
 
 static inline void monarch_cold_prefetch(const uint8_t * block, int64_t size) {
     for (int64_t i = 0; i < size; i += 64) {

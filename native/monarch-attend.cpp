@@ -181,6 +181,21 @@ static float monarch_find_max(int32_t n, const float * x) {
     return *std::max_element(lanes, lanes + 16);
 }
 
+static float monarch_find_sum(int32_t n, const float * x) {
+    float lanes[16] = { 0 };
+
+    int32_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int32_t j = 0; j < 16; ++j) {
+            lanes[j] += x[i + j];
+        }
+    }
+    for (; i < n; ++i) {
+        lanes[0] += x[i];
+    }
+    return std::accumulate(lanes, lanes + 16, 0.0f);
+}
+
 // the greatest probability of each page over the rows: estimated page mass / (hot mass + sum of estimated page masses)
 static void monarch_attend_estimate(const monarch_attend * attend, monarch_work * work) {
     const int32_t n_pages = attend->n_pages;
@@ -230,9 +245,7 @@ static float monarch_row_sum_rest(const monarch_row * row, int32_t n_pages, int3
     for (int32_t ic = 0; ic <= n_chosen; ++ic) {
         const int32_t end = ic < n_chosen ? chosen[ic] : n_pages;
 
-        float sum = 0.0f;
-        ggml_vec_sum_f32(end - i, &sum, row->mass + i);
-        res += sum;
+        res += monarch_find_sum(end - i, row->mass + i);
         i    = end + 1;
     }
     return res;

@@ -8,7 +8,6 @@
 #include "monarch-policy.h"
 
 #include <atomic>
-#include <cstring>
 
 // what one call of the op works on; from `seq` on of one run
 struct monarch_attend {
@@ -99,25 +98,13 @@ bool monarch_attend_has_rest(const struct monarch_attend * attend);
 
 // v: rows of the ring as f32; visible: those that the block's first token sees
 static inline void monarch_work_add_v(struct monarch_work * work, int64_t head_dim, const float * v, uint32_t visible) {
-    const float * rows[32];
-    int32_t       n = 0;
     for (; visible; visible >>= 1, v += head_dim) {
-        rows[n] = v;
-        n += visible & 1;
-    }
-    work->n_v += n;
-
-    // a head's dimensions are a multiple of 16
-    for (int64_t d = 0; d < head_dim; d += 16) {
-        float sum[16];
-        memcpy(sum, work->v_sum + d, sizeof(sum));
-
-        for (int32_t i = 0; i < n; ++i) {
-            for (int j = 0; j < 16; ++j) {
-                sum[j] += rows[i][d + j];
+        if (visible & 1) {
+            for (int64_t d = 0; d < head_dim; ++d) {
+                work->v_sum[d] += v[d];
             }
+            work->n_v++;
         }
-        memcpy(work->v_sum + d, sum, sizeof(sum));
     }
 }
 
