@@ -561,5 +561,6 @@ def test_end_of_input_leaves_and_history_is_kept(fake, tmp_path):
     child = terminal(fake, "recall.gguf")
     child.type("\x1b[A\n")
     child.wait_for("system message: remember me")
+    child.wait_for(PROMPT)
     child.type("\x04")
     assert child.status() == 0
