@@ -431,7 +431,6 @@ MONARCH_DEVICE bool monarch_group_has_rest(const monarch_cuda_attend & a, const 
 }
 
 // a part's sums over V, of which every team of threads has some; n_seen: of a lane of the first warp
-template <int ROWS>
 MONARCH_DEVICE void monarch_rest_end(const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_tile & tile, float sum_x, float sum_y, int32_t n_seen) {
     const int32_t head_dim = a.op.codec.head_dim;
     const int32_t n_pairs  = head_dim/2;
@@ -557,7 +556,7 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
     monarch_tile_end<ROWS>(a, group, row0, n_rows, blockIdx.x, tile, acc_x, acc_y);
 
     if (has_rest) {
-        monarch_rest_end<ROWS>(a, group, tile, sum_x, sum_y, n_seen);
+        monarch_rest_end(a, group, tile, sum_x, sum_y, n_seen);
     }
 }
 
@@ -789,13 +788,13 @@ MONARCH_DEVICE int32_t monarch_rest_get_n(const monarch_cuda_attend & a, const m
     return res;
 }
 
-// value d of their mean V
-MONARCH_DEVICE float monarch_rest_get_v(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t d) {
+// value d of their V, added up
+MONARCH_DEVICE float monarch_rest_sum_v(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t d) {
     float sum = 0.0f;
     for (int32_t i = 0; i < a.n_hot; ++i) {
         sum += a.part_v[((size_t) group.i*a.n_hot + i)*a.op.codec.head_dim + d];
     }
-    return sum/(float) monarch_rest_get_n(a, group);
+    return sum;
 }
 
 // grid: rows, groups; shared: [3][head_dim]
@@ -815,8 +814,9 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
     float sum;
     monarch_parts_get(a, group, row, 0, a.n_hot + a.n_cold, max, sum);
 
-    const size_t i_row = monarch_row_index(a, group, row);
-    const float  rest  = monarch_group_has_rest(a, group) && monarch_rest_get_n(a, group) > 0 ? a.row_rest[i_row] : 0.0f;
+    const size_t  i_row = monarch_row_index(a, group, row);
+    const int32_t n_v   = monarch_group_has_rest(a, group) ? monarch_rest_get_n(a, group) : 0;
+    const float   rest  = n_v > 0 ? a.row_rest[i_row] : 0.0f;
 
     float weight = 0.0f; // of the rest
     if (rest > 0.0f) {
@@ -832,7 +832,7 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
     float * cold = shared + head_dim;
 
     for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
-        hot [d] = monarch_parts_add(a, group, row, 0, a.n_hot, max, d) + (weight > 0.0f ? weight*monarch_rest_get_v(a, group, d) : 0.0f);
+        hot [d] = monarch_parts_add(a, group, row, 0, a.n_hot, max, d) + (weight > 0.0f ? weight*(monarch_rest_sum_v(a, group, d)/(float) n_v) : 0.0f);
         cold[d] = monarch_parts_add(a, group, row, a.n_hot, a.n_hot + a.n_cold, max, d);
     }
     __syncthreads();
