@@ -148,6 +148,7 @@ static bool monarch_avx2_supports_cold(const struct monarch_op_params * op) {
 #define monarch_avx2_hot       monarch_simd_hot
 #define monarch_avx2_cold      monarch_simd_cold
 #define monarch_avx2_score     monarch_simd_score
+#define monarch_avx2_exp       monarch_simd_exp
 
 #else
 
@@ -166,6 +167,7 @@ static size_t monarch_avx2_work_size(int32_t, int64_t, int64_t) {
 #define monarch_avx2_hot   nullptr
 #define monarch_avx2_cold  nullptr
 #define monarch_avx2_score nullptr
+#define monarch_avx2_exp   nullptr
 
 #endif
 
@@ -177,4 +179,5 @@ const struct monarch_kernel monarch_kernel_avx2 = {
     /*.hot           =*/ monarch_avx2_hot,
     /*.cold          =*/ monarch_avx2_cold,
     /*.score         =*/ monarch_avx2_score,
+    /*.exp           =*/ monarch_avx2_exp,
 };

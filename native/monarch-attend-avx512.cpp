@@ -1230,6 +1230,19 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     }
 }
 
+static float monarch_avx512_exp(int32_t n, float * x, float max) {
+    __m512 sum = _mm512_setzero_ps();
+
+    for (int32_t i = 0; i < n; i += MONARCH_LANES) {
+        const __mmask16 valid = (__mmask16) ((1u << MONARCH_MIN(MONARCH_LANES, n - i)) - 1);
+        const __m512    value = _mm512_maskz_mov_ps(valid, monarch_exp(_mm512_sub_ps(_mm512_maskz_loadu_ps(valid, x + i), _mm512_set1_ps(max))));
+
+        _mm512_mask_storeu_ps(x + i, valid, value);
+        sum = _mm512_add_ps(sum, value);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
 #else
 
 static bool monarch_avx512_supports_hot(const struct monarch_op_params *, enum ggml_type, enum ggml_type) {
@@ -1247,6 +1260,7 @@ static size_t monarch_avx512_work_size(int32_t, int64_t, int64_t) {
 #define monarch_avx512_hot   nullptr
 #define monarch_avx512_cold  nullptr
 #define monarch_avx512_score nullptr
+#define monarch_avx512_exp   nullptr
 
 #endif
 
@@ -1258,4 +1272,5 @@ const struct monarch_kernel monarch_kernel_avx512 = {
     /*.hot           =*/ monarch_avx512_hot,
     /*.cold          =*/ monarch_avx512_cold,
     /*.score         =*/ monarch_avx512_score,
+    /*.exp           =*/ monarch_avx512_exp,
 };

@@ -131,6 +131,7 @@ static bool monarch_neon_supports_cold(const struct monarch_op_params * op) {
 #define monarch_neon_hot       monarch_simd_hot
 #define monarch_neon_cold      monarch_simd_cold
 #define monarch_neon_score     monarch_simd_score
+#define monarch_neon_exp       monarch_simd_exp
 
 #else
 
@@ -149,6 +150,7 @@ static size_t monarch_neon_work_size(int32_t, int64_t, int64_t) {
 #define monarch_neon_hot   nullptr
 #define monarch_neon_cold  nullptr
 #define monarch_neon_score nullptr
+#define monarch_neon_exp   nullptr
 
 #endif
 
@@ -160,4 +162,5 @@ const struct monarch_kernel monarch_kernel_neon = {
     /*.hot           =*/ monarch_neon_hot,
     /*.cold          =*/ monarch_neon_cold,
     /*.score         =*/ monarch_neon_score,
+    /*.exp           =*/ monarch_neon_exp,
 };

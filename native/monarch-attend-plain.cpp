@@ -184,6 +184,15 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
     }
 }
 
+static float monarch_plain_exp(int32_t n, float * x, float max) {
+    double sum = 0.0;
+    for (int32_t i = 0; i < n; ++i) {
+        x[i] = expf(x[i] - max);
+        sum += x[i];
+    }
+    return (float) sum;
+}
+
 const monarch_kernel monarch_kernel_plain = {
     /*.name          =*/ "plain",
     /*.supports_hot  =*/ monarch_plain_supports_hot,
@@ -192,4 +201,5 @@ const monarch_kernel monarch_kernel_plain = {
     /*.hot           =*/ monarch_plain_hot,
     /*.cold          =*/ monarch_plain_cold,
     /*.score         =*/ monarch_plain_score,
+    /*.exp           =*/ monarch_plain_exp,
 };

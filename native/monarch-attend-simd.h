@@ -933,3 +933,22 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
         }
     }
 }
+
+static float monarch_simd_exp(int32_t n, float * x, float max) {
+    monarch_f32 sum = monarch_f32_set1(0.0f);
+
+    int32_t i = 0;
+    for (; i + MONARCH_LANES <= n; i += MONARCH_LANES) {
+        const monarch_f32 value = monarch_exp(monarch_f32_sub(monarch_f32_load(x + i), monarch_f32_set1(max)));
+
+        monarch_f32_store(x + i, value);
+        sum = monarch_f32_add(sum, value);
+    }
+
+    float res = monarch_f32_sum(sum);
+    for (; i < n; ++i) {
+        x[i] = expf(x[i] - max);
+        res += x[i];
+    }
+    return res;
+}

@@ -85,6 +85,7 @@ static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_d
     work->probability = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->rank        = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->chosen      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
+    work->sticky      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
     work->kernel      =                 monarch_work_take(&ptr, monarch_kernel_work_size(head_dim, n_rows, n_pages_max));
 
     return ptr - base;
@@ -181,24 +182,10 @@ static float monarch_find_max(int32_t n, const float * x) {
     return *std::max_element(lanes, lanes + 16);
 }
 
-static float monarch_find_sum(int32_t n, const float * x) {
-    float lanes[16] = { 0 };
-
-    int32_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int32_t j = 0; j < 16; ++j) {
-            lanes[j] += x[i + j];
-        }
-    }
-    for (; i < n; ++i) {
-        lanes[0] += x[i];
-    }
-    return std::accumulate(lanes, lanes + 16, 0.0f);
-}
-
 // the greatest probability of each page over the rows: estimated page mass / (hot mass + sum of estimated page masses)
 static void monarch_attend_estimate(const monarch_attend * attend, monarch_work * work) {
-    const int32_t n_pages = attend->n_pages;
+    const monarch_kernel * kernel  = monarch_kernel_find_cold(attend);
+    const int32_t          n_pages = attend->n_pages;
 
     std::fill(work->probability, work->probability + n_pages, 0.0f);
 
@@ -211,15 +198,16 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
 
         const float max = std::max(monarch_find_max(n_pages, mass), hot);
 
-        const float inverse = 1.0f/(expf(hot - max) + (float) ggml_vec_soft_max_f32(n_pages, mass, mass, max));
+        row->estimate_sum = kernel->exp(n_pages, mass, max);
+        row->estimate_max = max;
+
+        const float inverse = 1.0f/(expf(hot - max) + row->estimate_sum);
 
         for (int32_t i = 0; i < n_pages; ++i) {
             const float probability = mass[i]*inverse;
 
             work->probability[i] = work->probability[i] > probability ? work->probability[i] : probability;
         }
-
-        row->estimate_max = max;
     }
 }
 
@@ -229,6 +217,7 @@ static bool monarch_attend_is_selective(const monarch_attend * attend) {
 
 static void monarch_attend_choose_all(const monarch_attend * attend, monarch_work * work) {
     work->n_chosen = attend->mode == MONARCH_MODE_EXACT ? attend->n_pages : 0;
+    work->n_sticky = 0;
 
     std::iota(work->chosen, work->chosen + work->n_chosen, 0);
 }
@@ -237,23 +226,18 @@ bool monarch_attend_has_rest(const monarch_attend * attend) {
     return monarch_attend_is_selective(attend) && monarch_summary_is_estimate(attend->op.scorer);
 }
 
-// the masses of the pages that were not chosen; chosen: ascending
-static float monarch_row_sum_rest(const monarch_row * row, int32_t n_pages, int32_t n_chosen, const int32_t * chosen) {
-    float res = 0.0f;
-
-    int32_t i = 0;
-    for (int32_t ic = 0; ic <= n_chosen; ++ic) {
-        const int32_t end = ic < n_chosen ? chosen[ic] : n_pages;
-
-        res += monarch_find_sum(end - i, row->mass + i);
-        i    = end + 1;
+// what the pages were estimated to get that were not chosen
+static float monarch_row_get_rest(const monarch_row * row, int32_t n_chosen, const int32_t * chosen) {
+    float res = row->estimate_sum;
+    for (int32_t ic = 0; ic < n_chosen; ++ic) {
+        res -= row->mass[chosen[ic]];
     }
     return res;
 }
 
 static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, float rest, const float * v) {
     if (!(rest > 0.0f)) {
-        return; // nothing, or what a broken model makes
+        return; // nothing but rounding, or what a broken model makes
     }
 
     // estimates may be far above what there is: not all of them, what is left of them has a say in the maximum
@@ -280,7 +264,7 @@ static void monarch_attend_add_rest(const monarch_attend * attend, monarch_work 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         monarch_row * row = &work->rows[ir];
 
-        monarch_row_add_rest(row, head_dim, monarch_row_sum_rest(row, attend->n_pages, work->n_chosen, work->chosen), work->v_sum);
+        monarch_row_add_rest(row, head_dim, monarch_row_get_rest(row, work->n_chosen, work->chosen), work->v_sum);
     }
 }
 
@@ -289,7 +273,7 @@ static void monarch_attend_choose(const monarch_attend * attend, int64_t head_kv
     monarch_attend_estimate(attend, work);
 
     work->n_chosen = monarch_policy_select(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->n_pages_max,
-            attend->n_pages, attend->table, work->probability, work->rank, work->chosen);
+            attend->n_pages, attend->table, work->probability, work->rank, work->chosen, work->sticky, &work->n_sticky);
 
     monarch_attend_add_rest(attend, work);
 }
@@ -319,8 +303,8 @@ static void monarch_attend_log(const monarch_attend * attend, int64_t head_kv, m
     while (attend->locks[head_kv].test_and_set(std::memory_order_acquire)) {
     }
 
-    monarch_policy_write_log(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->seq, attend->n_pages_max,
-            attend->n_pages, attend->table, work->probability, measured, work->n_chosen, work->chosen);
+    monarch_policy_write_log(monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->seq, attend->n_pages_max,
+            attend->table, work->probability, measured, work->n_chosen, work->chosen, work->n_sticky, work->sticky);
 
     attend->locks[head_kv].clear(std::memory_order_release);
 }

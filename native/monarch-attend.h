@@ -49,6 +49,7 @@ struct monarch_row {
     float         max;      // online softmax over hot and cold
     float         sum;
     float         estimate_max; // the scale of mass, while it is estimated
+    float         estimate_sum; // of all pages, on that scale
 };
 
 // a thread's scratch
@@ -63,6 +64,8 @@ struct monarch_work {
     float              * rank;        // [n_pages_max]
     int32_t            * chosen;      // [n_pages_max] indices into the table
     int32_t              n_chosen;
+    int32_t            * sticky;      // [n_pages_max] the same of the pages that are sticky
+    int32_t              n_sticky;
     void               * kernel;      // what the kernel asked for
 };
 
@@ -85,6 +88,9 @@ struct monarch_kernel {
 
     // mass[row][page]: the logarithm of the estimated attention mass of pages [i0, i1) of the table
     void (*score)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1);
+
+    // x = e^(x - max), where none is above max; returns their sum
+    float (*exp)(int32_t n, float * x, float max);
 };
 
 extern const struct monarch_kernel monarch_kernel_plain;

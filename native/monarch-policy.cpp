@@ -25,10 +25,23 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
     head->log_scored   = 0;
 }
 
+// sets of pages whose maxima are compared before all pages are, no power of two, lest what repeats itself fall into few of them;
+// pages that are passed over at a time
+#define MONARCH_RANK_SETS  272
+#define MONARCH_RANK_BLOCK 64
+
 static int32_t monarch_rank_count(int32_t n_pages, const float * rank, float least) {
     int32_t res = 0;
     for (int32_t i = 0; i < n_pages; ++i) {
         res += rank[i] >= least;
+    }
+    return res;
+}
+
+static float monarch_rank_find_max(int32_t n_pages, const float * rank) {
+    float res = -1.0f;
+    for (int32_t i = 0; i < n_pages; ++i) {
+        res = res > rank[i] ? res : rank[i];
     }
     return res;
 }
@@ -39,22 +52,28 @@ static float monarch_rank_from_bits(int32_t bits) {
     return rank;
 }
 
+static int32_t monarch_rank_to_bits(float rank) {
+    int32_t bits;
+    memcpy(&bits, &rank, sizeof(bits));
+    return bits;
+}
+
 // the n best are those above least, and those equal to it from page `first` on: of equals the later page is better
 struct monarch_rank_bound {
     float   least;
     int32_t first;
 };
 
-// More than n pages are ranked; a rank below 0 is none. Non-negative floats are ordered as their bits are: the bound's are
-// found by halves, and counting again is cheaper than sorting.
-static monarch_rank_bound monarch_rank_find_bound(int32_t n_pages, const float * rank, int32_t n) {
-    int32_t lo = 0;              // at least n pages are as good
-    int32_t hi = 0x7f800000 + 1; // fewer are: infinity is the greatest
+// A rank below 0 is none. Non-negative floats are ordered as their bits are: the bound's are found by halves from `from` on,
+// which at least n are as good as, and counting again is cheaper than sorting.
+static monarch_rank_bound monarch_rank_find_bound(int32_t n_pages, const float * rank, int32_t n, float from) {
+    int32_t lo = monarch_rank_to_bits(from);                                    // at least n pages are as good
+    int32_t hi = monarch_rank_to_bits(monarch_rank_find_max(n_pages, rank)) + 1; // fewer are
 
     int32_t n_above = 0;
 
-    while (hi - lo > 1) {
-        const int32_t mid   = lo + (hi - lo)/2;
+    // where nothing matters most ranks are equal: those are tried first
+    for (int32_t mid = lo + 1; hi - lo > 1; mid = lo + (hi - lo)/2) {
         const int32_t count = monarch_rank_count(n_pages, rank, monarch_rank_from_bits(mid));
 
         if (count == n) {
@@ -77,6 +96,51 @@ static monarch_rank_bound monarch_rank_find_bound(int32_t n_pages, const float *
     return { least, first };
 }
 
+// What n of any pages are as good as, at least n of all are: here the maxima of a few sets.
+static float monarch_rank_guess_least(int32_t n_pages, const float * rank, int32_t n) {
+    float maxima[MONARCH_RANK_SETS];
+
+    if (n > MONARCH_RANK_SETS/4 || n_pages < 2*MONARCH_RANK_SETS) {
+        return 0.0f;
+    }
+    std::copy(rank, rank + MONARCH_RANK_SETS, maxima);
+
+    for (int32_t i0 = MONARCH_RANK_SETS; i0 + MONARCH_RANK_SETS <= n_pages; i0 += MONARCH_RANK_SETS) {
+        for (int32_t i = 0; i < MONARCH_RANK_SETS; ++i) {
+            maxima[i] = maxima[i] > rank[i0 + i] ? maxima[i] : rank[i0 + i];
+        }
+    }
+
+    if (monarch_rank_count(MONARCH_RANK_SETS, maxima, 0.0f) < n) {
+        return 0.0f;
+    }
+    return monarch_rank_find_bound(MONARCH_RANK_SETS, maxima, n, 0.0f).least;
+}
+
+// most pages are none of the best: those are passed over many at a time
+static int32_t monarch_rank_list_best(int32_t n_pages, const float * rank, monarch_rank_bound bound, int32_t * best) {
+    int32_t n = 0;
+
+    for (int32_t i0 = 0; i0 < n_pages; i0 += MONARCH_RANK_BLOCK) {
+        const int32_t i1 = std::min(i0 + MONARCH_RANK_BLOCK, n_pages);
+
+        if (monarch_rank_count(i1 - i0, rank + i0, bound.least) == 0) {
+            continue;
+        }
+        for (int32_t i = i0; i < i1; ++i) {
+            best[n] = i;
+
+            n += rank[i] > bound.least || (rank[i] == bound.least && i >= bound.first);
+        }
+    }
+    return n;
+}
+
+// of more than n that are ranked
+static monarch_rank_bound monarch_rank_bound_best(int32_t n_pages, const float * rank, int32_t n) {
+    return monarch_rank_find_bound(n_pages, rank, n, monarch_rank_guess_least(n_pages, rank, n));
+}
+
 static float monarch_policy_rank_page(const monarch_policy * policy, uint8_t count, float importance, float probability) {
     float rank;
     const bool is_ranked = monarch_policy_get_rank(policy, count, importance, probability, &rank);
@@ -92,9 +156,13 @@ int32_t monarch_policy_select(
         const monarch_table_entry * table,
         const float               * probability,
         float                     * rank,
-        int32_t                   * chosen) {
+        int32_t                   * chosen,
+        int32_t                   * sticky,
+        int32_t                   * n_sticky) {
     const float   * importance = monarch_head_state_importance(head, n_pages_max);
     const uint8_t * count      = monarch_head_state_count     (head, n_pages_max);
+
+    *n_sticky = 0;
 
     // most pages are not sticky: those are ranked many at a time
     for (int32_t i = 0; i < n_pages; ++i) {
@@ -105,6 +173,8 @@ int32_t monarch_policy_select(
 
         if (monarch_policy_is_sticky(policy, count[page])) {
             rank[i] = monarch_policy_rank_page(policy, count[page], importance[page], probability[i]);
+
+            sticky[(*n_sticky)++] = i;
         }
     }
 
@@ -114,17 +184,9 @@ int32_t monarch_policy_select(
 
     const bool is_short = monarch_rank_count(n_pages, rank, 0.0f) > policy->n_budget;
 
-    const monarch_rank_bound bound = is_short ? monarch_rank_find_bound(n_pages, rank, policy->n_budget) : monarch_rank_bound { 0.0f, 0 };
+    const monarch_rank_bound bound = is_short ? monarch_rank_bound_best(n_pages, rank, policy->n_budget) : monarch_rank_bound { 0.0f, 0 };
 
-    int32_t n_chosen = 0;
-
-    for (int32_t i = 0; i < n_pages; ++i) {
-        chosen[n_chosen] = i;
-
-        n_chosen += rank[i] > bound.least || (rank[i] == bound.least && i >= bound.first);
-    }
-
-    return n_chosen;
+    return monarch_rank_list_best(n_pages, rank, bound, chosen);
 }
 
 // the log's entry of a page: another sequence may have made it in this step
@@ -142,37 +204,38 @@ static monarch_log_entry * monarch_policy_get_entry(monarch_head_state * head, i
 }
 
 void monarch_policy_write_log(
-        const monarch_policy      * policy,
         monarch_head_state        * head,
         int32_t                     seq,
         int64_t                     n_pages_max,
-        int32_t                     n_pages,
         const monarch_table_entry * table,
         const float               * probability,
         const float               * measured,
         int32_t                     n_chosen,
-        const int32_t             * chosen) {
-    const uint8_t * count = monarch_head_state_count(head, n_pages_max);
-
+        const int32_t             * chosen,
+        int32_t                     n_sticky,
+        const int32_t             * sticky) {
     int32_t i_chosen = 0;
+    int32_t i_sticky = 0;
 
-    for (int32_t i = 0; i < n_pages; ++i) {
-        const int32_t page    = table[i].page;
-        const bool    sticky  = monarch_policy_is_sticky(policy, count[page]);
-        const bool    promote = i_chosen < n_chosen && chosen[i_chosen] == i;
+    while (i_chosen < n_chosen || i_sticky < n_sticky) {
+        const int32_t next_chosen = i_chosen < n_chosen ? chosen[i_chosen] : INT32_MAX;
+        const int32_t next_sticky = i_sticky < n_sticky ? sticky[i_sticky] : INT32_MAX;
 
-        if (!sticky && !promote) {
-            continue;
-        }
+        const int32_t i         = std::min(next_chosen, next_sticky);
+        const bool    promote   = i == next_chosen;
+        const bool    is_sticky = i == next_sticky;
 
-        monarch_log_entry * entry = monarch_policy_get_entry(head, n_pages_max, page);
+        monarch_log_entry * entry = monarch_policy_get_entry(head, n_pages_max, table[i].page);
 
-        entry->flags    |= (promote ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (sticky ? MONARCH_LOG_STICKY : 0);
+        entry->flags    |= (promote ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
         entry->estimated = std::max(entry->estimated, probability[i]);
 
         if (promote) {
             entry->seq      = std::min<int32_t>(entry->seq, seq);
-            entry->measured = std::max(entry->measured, measured[i_chosen++]);
+            entry->measured = std::max(entry->measured, measured[i_chosen]);
         }
+
+        i_chosen += promote;
+        i_sticky += is_sticky;
     }
 }

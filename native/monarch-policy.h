@@ -76,6 +76,7 @@ void monarch_policy_apply_log(const struct monarch_policy * policy, struct monar
 
 // probability: [n_pages], estimated, indexed like the table; rank: [n_pages] scratch
 // chosen: [n_pages] indices into the table, ascending; returns how many, at most n_budget
+// sticky: [n_pages] the same of the pages that are sticky, chosen or not
 int32_t monarch_policy_select(
         const struct monarch_policy      * policy,
         struct monarch_head_state        * head,
@@ -84,17 +85,19 @@ int32_t monarch_policy_select(
         const struct monarch_table_entry * table,
         const float                      * probability,
         float                            * rank,
-        int32_t                          * chosen);
+        int32_t                          * chosen,
+        int32_t                          * sticky,
+        int32_t                          * n_sticky);
 
-// logs a sequence's promotions of this step; measured: [n_chosen]
+// logs a sequence's promotions of this step, and which sticky pages it dropped; measured: [n_chosen]
 void monarch_policy_write_log(
-        const struct monarch_policy      * policy,
         struct monarch_head_state        * head,
         int32_t                            seq,
         int64_t                            n_pages_max,
-        int32_t                            n_pages,
         const struct monarch_table_entry * table,
         const float                      * probability,
         const float                      * measured,
         int32_t                            n_chosen,
-        const int32_t                    * chosen);
+        const int32_t                    * chosen,
+        int32_t                            n_sticky,
+        const int32_t                    * sticky);
