@@ -20,6 +20,7 @@ _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "GGML_NATIVE": "ON",
+    "GGML_RPC": "ON",  # layers on other machines; in tests, a device whose memory the host cannot reach
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
     "LLAMA_BUILD_SERVER": "OFF",

@@ -4,10 +4,6 @@
 #include "monarch-cuda.h"
 #include "monarch-cuda.cuh"
 
-const ggml_tensor * monarch_cuda_get_store(const ggml_tensor * dst) {
-    return monarch_cuda_get_params(dst).kind == MONARCH_OP_ATTEND ? dst->src[4] : dst->src[0];
-}
-
 bool monarch_cuda_supports_op(const ggml_tensor * dst) {
     const monarch_op_params op = monarch_cuda_get_params(dst);
 

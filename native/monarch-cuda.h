@@ -2,14 +2,10 @@
 
 // GGML_OP_MONARCH on CUDA, without ggml-cuda: monarch-cuda-backend.cu calls it.
 
-#include "ggml.h"
+#include "monarch-op.h"
 
 #include <stddef.h>
 #include <stdint.h>
-
-// The tensor of the cold store. The op changes the store in place, so it runs where that lies and nowhere else: ggml's
-// scheduler would let it work on a copy.
-const struct ggml_tensor * monarch_cuda_get_store(const struct ggml_tensor * dst);
 
 // whether the kernels take these types, shapes and knobs; where the tensors lie is the caller's business
 bool monarch_cuda_supports_op(const struct ggml_tensor * dst);

@@ -20,6 +20,7 @@
 #include "monarch-crc.h"
 #include "monarch-error.h"
 #include "monarch-io.h"
+#include "monarch-page.h"
 #include "monarch-policy.h"
 
 #include <algorithm>
@@ -174,7 +175,7 @@ static void monarch_state_put(llama_io_write_i & io, const void * data, size_t s
     }
 }
 
-// what stays on the device: this cache's is the host, so its tensors go where the rest goes
+// what stays on the device elsewhere: here pages and slots go where the rest goes
 class monarch_io_write_host : public llama_io_write_i {
 public:
     explicit monarch_io_write_host(llama_io_write_i & io) : io(io) {}
@@ -184,7 +185,7 @@ public:
     }
 
     void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
-        io.write((const char *) tensor->data + offset, size);
+        io.write(monarch_bytes::read(tensor, offset, size).data(), size);
     }
 
     size_t n_bytes() override {
@@ -227,7 +228,7 @@ static uint32_t monarch_state_write_rows(llama_io_write_i & io, ggml_tensor * ri
 
     for (const uint32_t slot : slots) {
         io.write_tensor(ring, slot*ring->nb[1], size);
-        crc = monarch_crc(crc, (const char *) ring->data + slot*ring->nb[1], size);
+        crc = monarch_crc(crc, monarch_bytes::read(ring, slot*ring->nb[1], size).data(), size);
     }
     return crc;
 }
@@ -252,7 +253,7 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, int32_t phys) con
             const size_t offset = monarch_pool_offset(&codec, n_pages_max, h, phys);
 
             io.write_tensor(cold.pool, offset, size);
-            crc = monarch_crc(crc, (const char *) cold.pool->data + offset, size);
+            crc = monarch_crc(crc, monarch_bytes::read(cold.pool, offset, size).data(), size);
         }
     }
 
@@ -270,9 +271,11 @@ void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io, const monarch_p
     std::vector<uint64_t> copy((size + 7)/8);
     std::vector<uint8_t>  data;
 
-    for (size_t i = 0; i < cold_layers.size(); ++i) {
+    for (const auto & cold : cold_layers) {
+        auto layer = monarch_bytes::read(cold.state);
+
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            memcpy(copy.data(), get_head_state(i, h), size);
+            memcpy(copy.data(), monarch_state_head(layer.data(), n_pages_max, h), size);
 
             monarch_head_state * head = (monarch_head_state *) copy.data();
             monarch_policy_apply_log(&policy, head, n_pages_max, committed);
@@ -500,10 +503,29 @@ static void monarch_state_take(const uint8_t ** src, void * dst, size_t size) {
     *src += size;
 }
 
-// cannot fail: all of it is here, checked and has its place. Counters go on if the context holds nothing else.
-void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_alone) {
-    const monarch_codec codec = get_op_params(0, 0.0f).codec;
+// blocks of one layer's pages, and the summaries that follow from them
+void monarch_kv_cache::paged_restore_layer(const monarch_paged_state & state, size_t i_layer) {
+    const monarch_op_params op   = get_op_params(0, 0.0f);
+    const size_t            size = monarch_codec_block_size(&op.codec);
 
+    auto blocks    = monarch_bytes::change(cold_layers[i_layer].pool);
+    auto summaries = monarch_bytes::change(cold_layers[i_layer].summary);
+
+    run_jobs(state.phys.size(), [&](size_t i) {
+        const int32_t phys = state.phys[i];
+
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            uint8_t * block = blocks.data() + monarch_pool_offset(&op.codec, n_pages_max, h, phys);
+
+            memcpy(block, state.cold.data() + ((i*cold_layers.size() + i_layer)*n_head_kv + h)*size, size);
+            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), block,
+                    summaries.data() + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
+        }
+    });
+}
+
+// all of it is here, checked and has its place. Counters go on if the context holds nothing else.
+void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_alone) {
     if (state.seqs.empty()) {
         return;
     }
@@ -514,28 +536,24 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_
     const uint8_t * src = state.hot.data();
     for (const auto & layer : layers) {
         for (ggml_tensor * ring : { layer.k, layer.v }) {
+            auto rows = monarch_bytes::change(ring);
+
             for (const uint32_t slot : state.slots) {
-                monarch_state_take(&src, (char *) ring->data + slot*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
+                monarch_state_take(&src, rows.data() + slot*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
             }
         }
     }
 
-    src = state.cold.data();
-    for (const int32_t phys : state.phys) {
-        for (const auto & cold : cold_layers) {
-            for (uint32_t h = 0; h < n_head_kv; ++h) {
-                monarch_state_take(&src, (char *) cold.pool->data + monarch_pool_offset(&codec, n_pages_max, h, phys), monarch_codec_block_size(&codec));
-            }
-        }
+    for (size_t i = 0; i < cold_layers.size(); ++i) {
+        paged_restore_layer(state, i);
     }
-    run_jobs(state.phys.size(), [&](size_t i) {
-        update_page(state.phys[i]);
-    });
 
     src = state.sticky.data();
-    for (size_t i = 0; i < cold_layers.size(); ++i) {
+    for (const auto & cold : cold_layers) {
+        auto layer = monarch_bytes::change(cold.state);
+
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state   * head = get_head_state(i, h);
+            monarch_head_state   * head = monarch_state_head(layer.data(), n_pages_max, h);
             monarch_state_counts   counts;
 
             monarch_state_take(&src, &counts, sizeof(counts));

@@ -136,37 +136,42 @@ static void monarch_state_convert(const monarch_stock_state & state, const monar
     }
 }
 
-void monarch_kv_cache::stock_restore_page(const monarch_stock_state & state, size_t i_layer, size_t i_page) {
-    const monarch_op_params op   = get_op_params(0, 0.0f);
-    const cold_layer      & cold = cold_layers[i_layer];
+void monarch_kv_cache::stock_restore_layer(const monarch_stock_state & state, size_t i_layer) {
+    const monarch_op_params op = get_op_params(0, 0.0f);
 
-    float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
-    float v[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
+    auto blocks    = monarch_bytes::change(cold_layers[i_layer].pool);
+    auto summaries = monarch_bytes::change(cold_layers[i_layer].summary);
+    auto sticky    = monarch_bytes::change(cold_layers[i_layer].state);
 
-    const int32_t phys = state.phys[i_page];
-    const size_t  i0   = state.first_cold + i_page*knobs.page_size;
+    run_jobs(state.phys.size(), [&](size_t i_page) {
+        float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
+        float v[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
 
-    for (uint32_t h = 0; h < n_head_kv; ++h) {
-        monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
-        monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v);
+        const int32_t phys = state.phys[i_page];
+        const size_t  i0   = state.first_cold + i_page*knobs.page_size;
 
-        monarch_page_encode(&op.codec, op.scorer, pool.get_mask(phys), k, v,
-                (uint8_t *) cold.pool   ->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
-                (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
+            monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v);
 
-        monarch_head_state_count     (get_head_state(i_layer, h), n_pages_max)[phys] = 0;
-        monarch_head_state_importance(get_head_state(i_layer, h), n_pages_max)[phys] = 0.0f;
-    }
+            monarch_page_encode(&op.codec, op.scorer, pool.get_mask(phys), k, v,
+                    blocks   .data() + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
+                    summaries.data() + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
+
+            monarch_head_state * head = monarch_state_head(sticky.data(), n_pages_max, h);
+
+            monarch_head_state_count     (head, n_pages_max)[phys] = 0;
+            monarch_head_state_importance(head, n_pages_max)[phys] = 0.0f;
+        }
+    });
 }
 
-// one row of the state into a ring slot, all layers
-void monarch_kv_cache::stock_restore_slot(const monarch_stock_state & state, size_t i_hot) {
-    const uint32_t cell = state.order[state.hot[i_hot]];
-    const uint32_t slot = state.slots[i_hot];
+// rows of the state into the slots of one ring
+static void monarch_stock_restore_ring(const monarch_stock_state & state, const monarch_state_rows & rows, ggml_tensor * ring) {
+    auto bytes = monarch_bytes::change(ring);
 
-    for (size_t il = 0; il < layers.size(); ++il) {
-        memcpy((char *) layers[il].k->data + slot*layers[il].k->nb[1], state.k[il].data.data() + cell*state.k[il].row_size, state.k[il].row_size);
-        memcpy((char *) layers[il].v->data + slot*layers[il].v->nb[1], state.v[il].data.data() + cell*state.v[il].row_size, state.v[il].row_size);
+    for (size_t i = 0; i < state.hot.size(); ++i) {
+        memcpy(bytes.data() + state.slots[i]*ring->nb[1], rows.data.data() + state.order[state.hot[i]]*rows.row_size, rows.row_size);
     }
 }
 
@@ -206,11 +211,9 @@ void monarch_kv_cache::stock_place(monarch_stock_state & state, llama_seq_id seq
 }
 
 void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
-    run_jobs(layers.size()*state.phys.size(), [&](size_t i) {
-        stock_restore_page(state, i/state.phys.size(), i%state.phys.size());
-    });
-
-    for (size_t i = 0; i < state.hot.size(); ++i) {
-        stock_restore_slot(state, i);
+    for (size_t il = 0; il < layers.size(); ++il) {
+        stock_restore_layer(state, il);
+        monarch_stock_restore_ring(state, state.k[il], layers[il].k);
+        monarch_stock_restore_ring(state, state.v[il], layers[il].v);
     }
 }

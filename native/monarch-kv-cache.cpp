@@ -74,6 +74,84 @@ static std::string monarch_check_model(const llama_model & model, const llama_me
     return monarch_check_head_dim(hparams);
 }
 
+//
+// where it lies
+//
+
+static monarch_op_params monarch_op_params_init(const monarch_knobs & knobs, int32_t head_dim) {
+    monarch_op_params res = {};
+
+    res.codec.head_dim   = head_dim;
+    res.codec.page_size  = knobs.page_size;
+    res.codec.bits_k     = knobs.cold_bits_k;
+    res.codec.bits_v     = knobs.cold_bits_v;
+    res.codec.residual_k = knobs.residual_k;
+
+    res.scorer = knobs.scorer;
+
+    return res;
+}
+
+// whether the device computes the op on a cold store that it holds itself
+static bool monarch_device_is_supported(ggml_backend_dev_t dev, const llama_memory_params & params, const monarch_op_params & op) {
+    ggml_init_params init_params = {
+        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr        ctx { ggml_init(init_params) };
+    ggml_backend_buffer_ptr buf { ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(dev), 0) };
+    if (!ctx || !buf) {
+        return false;
+    }
+
+    const int64_t head_dim = op.codec.head_dim;
+
+    ggml_tensor * q       = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, 1, 1);
+    ggml_tensor * k       = ggml_new_tensor_3d(ctx.get(), params.type_k, head_dim, 1, 1);
+    ggml_tensor * v       = ggml_new_tensor_3d(ctx.get(), params.type_v, head_dim, 1, 1);
+    ggml_tensor * mask    = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1);
+    ggml_tensor * pool    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), MONARCH_SUMMARY_GROUP, 1);
+    ggml_tensor * summary = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), 1, 1);
+    ggml_tensor * state   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, monarch_state_size(1, MONARCH_SUMMARY_GROUP));
+    ggml_tensor * input   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
+
+    pool->buffer = summary->buffer = state->buffer = buf.get();
+
+    return ggml_backend_dev_supports_op(dev, ggml_monarch_attend  (ctx.get(), &op, q, k, v, mask, pool, summary, state, input)) &&
+           ggml_backend_dev_supports_op(dev, ggml_monarch_page_out(ctx.get(), &op, k, v, pool, summary, state, input));
+}
+
+// empty, or the first device of the model's layers that cannot hold the cache
+static std::string monarch_find_unsupported_device(const llama_model & model, const llama_memory_params & params, const monarch_op_params & op) {
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        ggml_backend_dev_t dev = model.dev_layer(il);
+
+        if (!monarch_device_is_supported(dev, params, op)) {
+            return ggml_backend_dev_name(dev);
+        }
+    }
+    return "";
+}
+
+static bool monarch_is_offloaded(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const monarch_knobs & knobs) {
+    if (!cparams.offload_kqv || knobs.cold_tier == MONARCH_COLD_TIER_RAM) {
+        return false;
+    }
+
+    const std::string dev = monarch_find_unsupported_device(model, params, monarch_op_params_init(knobs, model.hparams.n_embd_head_k(0)));
+    if (dev.empty()) {
+        return true;
+    }
+    if (knobs.cold_tier == MONARCH_COLD_TIER_DEVICE) {
+        throw std::runtime_error("cold_tier = device: " + dev + " has no kernels for this cache; use auto or ram");
+    }
+
+    LLAMA_LOG_WARN("%s: %s has no kernels for this cache: it lies in host memory and is attended by the CPU\n", __func__, dev.c_str());
+    return false;
+}
+
 monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     try {
         const monarch_knobs knobs = monarch_knobs_take();
@@ -88,7 +166,7 @@ monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const lla
             throw std::runtime_error(error + "; use mode off");
         }
 
-        return new monarch_kv_cache(model, params, cparams, knobs, seed);
+        return new monarch_kv_cache(model, params, cparams, knobs, monarch_is_offloaded(model, params, cparams, knobs), seed);
     } catch (const std::exception & err) {
         monarch_error_set(err.what());
         throw std::runtime_error(std::string("monarch: ") + err.what());
@@ -149,8 +227,9 @@ monarch_kv_cache::monarch_kv_cache(
         const llama_memory_params & params,
         const llama_cparams       & cparams,
         const monarch_knobs       & knobs,
+        bool                        is_offloaded,
         uint32_t                    seed) :
-    llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, /*offload =*/ false, /*unified =*/ true,
+    llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, is_offloaded, /*unified =*/ true,
             monarch_n_slots(knobs, cparams), cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
     knobs(knobs),
     n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(monarch_is_unified(cparams)),
@@ -165,24 +244,40 @@ monarch_kv_cache::monarch_kv_cache(
 
     pool.init(n_pages_max, seed);
 
-    ggml_init_params init_params = {
-        /*.mem_size   =*/ 3*layers.size()*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
+    alloc_cold(model, is_offloaded);
+    clear_states();
+}
 
-    ggml_context_ptr ctx { ggml_init(init_params) };
-    if (!ctx) {
-        throw std::runtime_error("failed to create ggml context for the cold store");
-    }
-
+// not cleared: in host memory the operating system commits it page by page, as it fills
+void monarch_kv_cache::alloc_cold(const llama_model & model, bool is_offloaded) {
     const monarch_op_params op = get_op_params(0, 0.0f);
 
+    std::vector<std::pair<ggml_backend_buffer_type_t, ggml_context *>> kinds;
+
     for (const auto & layer : layers) {
+        ggml_backend_buffer_type_t buft = is_offloaded ? ggml_backend_dev_buffer_type(model.dev_layer(layer.il)) : ggml_backend_cpu_buffer_type();
+
+        auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const auto & k) { return k.first == buft; });
+        if (kind == kinds.end()) {
+            ggml_init_params init_params = {
+                /*.mem_size   =*/ 3*layers.size()*ggml_tensor_overhead(),
+                /*.mem_buffer =*/ nullptr,
+                /*.no_alloc   =*/ true,
+            };
+
+            ggml_context_ptr ctx { ggml_init(init_params) };
+            if (!ctx) {
+                throw std::runtime_error("failed to create ggml context for the cold store");
+            }
+
+            kind = kinds.insert(kinds.end(), { buft, ctx.get() });
+            cold_bufs.emplace_back(std::move(ctx), nullptr);
+        }
+
         cold_layer cold = {
-            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv),
-            ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
-            ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
+            ggml_new_tensor_3d(kind->second, GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv),
+            ggml_new_tensor_3d(kind->second, GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
+            ggml_new_tensor_1d(kind->second, GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
         };
 
         ggml_format_name(cold.pool,    "cold_pool_l%d",    layer.il);
@@ -192,34 +287,43 @@ monarch_kv_cache::monarch_kv_cache(
         cold_layers.push_back(cold);
     }
 
-    // not cleared: the cold store is committed by the operating system page by page, as it fills
-    ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
+    for (size_t i = 0; i < kinds.size(); ++i) {
+        auto & [ctx, buf] = cold_bufs[i];
 
-    ggml_backend_buffer_ptr buf;
-    if (hparams.no_alloc) {
-        buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-            t->buffer = buf.get();
+        if (hparams.no_alloc) {
+            buf.reset(ggml_backend_buft_alloc_buffer(kinds[i].first, 0));
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf.get();
+            }
+        } else {
+            buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), kinds[i].first));
         }
-    } else {
-        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        if (!buf) {
+            throw std::runtime_error("failed to reserve memory for " + std::to_string(n_ctx) + " tokens of cold pages on " +
+                    ggml_backend_buft_name(kinds[i].first) + ": use a smaller n_ctx");
+        }
+
+        LLAMA_LOG_INFO("%s: %10s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
+                ggml_backend_buft_name(kinds[i].first), get_size(), n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
     }
-    if (!buf) {
-        throw std::runtime_error("failed to reserve memory for " + std::to_string(n_ctx) + " tokens of cold pages: use a smaller n_ctx");
-    }
+}
+
+void monarch_kv_cache::clear_states() {
+    const monarch_layer_state layer = {};
+    const monarch_head_state  head  = {};
 
     for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
-        memset(cold_layers[i].state->data, 0, sizeof(monarch_layer_state));
+        ggml_backend_tensor_set(cold_layers[i].state, &layer, 0, sizeof(layer));
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            memset(get_head_state(i, h), 0, sizeof(monarch_head_state));
+            ggml_backend_tensor_set(cold_layers[i].state, &head, sizeof(layer) + h*monarch_head_state_size(n_pages_max), sizeof(head));
         }
     }
+}
 
-    cold_ctx = std::move(ctx);
-    cold_buf = std::move(buf);
-
-    LLAMA_LOG_INFO("%s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
-            get_size(), n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold_buf.get())/1024.0/1024.0);
+void monarch_kv_cache::synchronize() const {
+    if (lctx) {
+        llama_synchronize(lctx);
+    }
 }
 
 uint32_t monarch_kv_cache::n_hot() const {
@@ -344,8 +448,9 @@ llama_memory_context_ptr monarch_kv_cache::init_full() {
 }
 
 llama_memory_context_ptr monarch_kv_cache::init_update(llama_context * lctx, bool optimize) {
-    GGML_UNUSED(lctx);
     GGML_UNUSED(optimize);
+
+    this->lctx = lctx;
 
     return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
 }
@@ -546,9 +651,13 @@ void monarch_kv_cache::apply_logs() {
     policy.sticky_threshold = knobs.sticky_threshold;
     policy.importance_decay = knobs.importance_decay;
 
+    synchronize();
+
     for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
+        auto state = monarch_bytes::change(cold_layers[i].state);
+
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_policy_apply_log(&policy, get_head_state(i, h), n_pages_max, committed);
+            monarch_policy_apply_log(&policy, monarch_state_head(state.data(), n_pages_max, h), n_pages_max, committed);
         }
     }
 }
@@ -599,6 +708,8 @@ void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> 
 
 // summaries of pages that had other tokens
 void monarch_kv_cache::update_pages(const monarch_page_pool & before) {
+    synchronize();
+
     for (uint32_t phys = 0; phys < n_pages_max; ++phys) {
         if (!pool.is_free(phys) && pool.get_mask(phys) != before.get_mask(phys)) {
             update_page(phys);
@@ -612,9 +723,10 @@ void monarch_kv_cache::update_page(int32_t phys) {
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys),
-                    (const uint8_t *) cold.pool->data + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
-                    (uint8_t *) cold.summary->data + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
+            auto block = monarch_bytes::read  (cold.pool,    monarch_pool_offset(&op.codec, n_pages_max, h, phys), monarch_codec_block_size(&op.codec));
+            auto group = monarch_bytes::change(cold.summary, monarch_summary_offset(head_dim, n_pages_max, h, phys), cold.summary->nb[1]);
+
+            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), block.data(), group.data(), phys%MONARCH_SUMMARY_GROUP);
         }
     }
 }
@@ -675,6 +787,9 @@ void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         }
     }
 
+    if (!changed.empty()) {
+        synchronize();
+    }
     for (const int32_t phys : changed) {
         if (!pool.is_free(phys) && masks[phys] != pool.get_mask(phys)) {
             pool.set_mask(phys, masks[phys]);
@@ -759,9 +874,11 @@ llama_pos monarch_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown() const {
     auto res = llama_kv_cache::memory_breakdown();
 
-    ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(cold_buf.get());
+    for (const auto & [ctx, buf] : cold_bufs) {
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
 
-    res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(cold_ctx.get(), buft) : ggml_backend_buffer_get_size(cold_buf.get());
+        res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+    }
 
     return res;
 }
@@ -771,15 +888,8 @@ std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown(
 //
 
 monarch_op_params monarch_kv_cache::get_op_params(int32_t il, float kq_scale) const {
-    monarch_op_params res = {};
+    monarch_op_params res = monarch_op_params_init(knobs, head_dim);
 
-    res.codec.head_dim   = head_dim;
-    res.codec.page_size  = knobs.page_size;
-    res.codec.bits_k     = knobs.cold_bits_k;
-    res.codec.bits_v     = knobs.cold_bits_v;
-    res.codec.residual_k = knobs.residual_k;
-
-    res.scorer   = knobs.scorer;
     res.dense    = il < knobs.dense_layers;
     res.kq_scale = kq_scale;
 
@@ -898,10 +1008,6 @@ void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
 // hooks and statistics
 //
 
-monarch_head_state * monarch_kv_cache::get_head_state(size_t i_layer, uint32_t head_kv) const {
-    return monarch_state_head(cold_layers[i_layer].state->data, n_pages_max, head_kv);
-}
-
 bool monarch_kv_cache::is_sticky(uint8_t count) const {
     return knobs.sticky_threshold > 0 && count >= knobs.sticky_threshold;
 }
@@ -931,9 +1037,13 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
         }
     }
 
+    synchronize();
+
     for (size_t i = 0; i < cold_layers.size(); ++i) {
+        auto state = monarch_bytes::read(cold_layers[i].state);
+
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head = get_head_state(i, h);
+            monarch_head_state * head = monarch_state_head(state.data(), n_pages_max, h);
 
             const monarch_log_entry * log   = monarch_head_state_log(head);
             const uint8_t           * count = monarch_head_state_count(head, n_pages_max);
@@ -989,14 +1099,16 @@ monarch_stats monarch_kv_cache::get_stats() const {
         res.summary_bytes += pool.n_used()*n_head_kv*monarch_summary_size(head_dim);
         res.table_bytes   += ggml_nbytes(cold.state);
 
-        const monarch_layer_state * layer = (const monarch_layer_state *) cold.state->data;
+        auto state = monarch_bytes::read(cold.state);
+
+        const monarch_layer_state * layer = (const monarch_layer_state *) state.data();
 
         res.score_us  += layer->score_us;
         res.attend_us += layer->attend_us;
         res.encode_us += layer->encode_us;
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head  = get_head_state(i, h);
+            monarch_head_state * head  = monarch_state_head(state.data(), n_pages_max, h);
             const uint8_t      * count = monarch_head_state_count(head, n_pages_max);
 
             const bool is_last = head->step == committed; // its log is not in the totals yet
@@ -1033,9 +1145,11 @@ std::vector<monarch_page> monarch_kv_cache::get_pages(llama_seq_id seq_id) const
         res.push_back({ page.begin(), page.n_tokens(), 0, 0 });
     }
 
-    for (size_t i = 0; i < cold_layers.size(); ++i) {
+    for (const auto & cold : cold_layers) {
+        auto state = monarch_bytes::read(cold.state);
+
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head  = get_head_state(i, h);
+            monarch_head_state * head  = monarch_state_head(state.data(), n_pages_max, h);
             const uint8_t      * count = monarch_head_state_count(head, n_pages_max);
 
             for (size_t j = 0; j < res.size(); ++j) {

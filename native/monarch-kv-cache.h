@@ -10,6 +10,7 @@
 // the page-outs real: page table, free ring slots, counters, hooks. An aborted step leaves nothing behind.
 
 #include "monarch.h"
+#include "monarch-bytes.h"
 #include "monarch-codec.h"
 #include "monarch-op.h"
 #include "monarch-page-table.h"
@@ -98,7 +99,10 @@ public:
 private:
     monarch_kv_cache(
             const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-            const monarch_knobs & knobs, uint32_t seed);
+            const monarch_knobs & knobs, bool is_offloaded, uint32_t seed);
+
+    void alloc_cold(const llama_model & model, bool is_offloaded);
+    void clear_states();
 
     // cold store of one layer
     struct cold_layer {
@@ -144,6 +148,9 @@ private:
     void     update_pages(const monarch_page_pool & before);
     void     apply_logs();
 
+    // what the present step asked devices to do is done
+    void     synchronize() const;
+
     // f(0), ..., f(n - 1) by the threads that a prompt would have
     void     run_jobs(size_t n, const std::function<void(size_t)> & f) const;
 
@@ -158,8 +165,7 @@ private:
     void     stock_read        (llama_io_read_i & io, uint32_t n_streams, llama_seq_id seq_id);
     void     stock_place       (monarch_stock_state & state, llama_seq_id seq_id);
     void     stock_restore     (const monarch_stock_state & state);
-    void     stock_restore_page(const monarch_stock_state & state, size_t i_layer, size_t i_page);
-    void     stock_restore_slot(const monarch_stock_state & state, size_t i_hot);
+    void     stock_restore_layer(const monarch_stock_state & state, size_t i_layer);
 
     // of our own
     monarch_paged_state paged_describe(llama_seq_id seq_id) const;
@@ -170,6 +176,7 @@ private:
     void     paged_read        (llama_io_read_i & io, llama_seq_id seq_id);
     void     paged_place       (monarch_paged_state & state, llama_seq_id seq_id);
     void     paged_restore     (const monarch_paged_state & state, bool is_alone);
+    void     paged_restore_layer(const monarch_paged_state & state, size_t i_layer);
 
     size_t   paged_hot_size   (uint32_t n) const;
     size_t   paged_page_size  ()           const;
@@ -180,8 +187,6 @@ private:
     std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
 
     void collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const;
-
-    monarch_head_state * get_head_state(size_t il_kv, uint32_t head_kv) const;
 
     monarch_knobs knobs;
     monarch_hooks hooks = {};
@@ -208,8 +213,10 @@ private:
 
     std::vector<cold_layer> cold_layers;
 
-    ggml_context_ptr        cold_ctx;
-    ggml_backend_buffer_ptr cold_buf;
+    // one for each kind of memory that layers lie in
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> cold_bufs;
+
+    llama_context * lctx = nullptr; // whose cache this is, known from its first step on
 };
 
 class monarch_kv_cache_context : public llama_kv_cache_context {

@@ -67,3 +67,10 @@ struct ggml_tensor * ggml_monarch_page_out(
 
     return result;
 }
+
+const struct ggml_tensor * ggml_monarch_get_store(const struct ggml_tensor * dst) {
+    struct monarch_op_params params;
+    memcpy(&params, dst->op_params, sizeof(params));
+
+    return params.kind == MONARCH_OP_ATTEND ? dst->src[4] : dst->src[0];
+}

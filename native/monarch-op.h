@@ -105,6 +105,10 @@ GGML_API struct ggml_tensor * ggml_monarch_page_out(
         struct ggml_tensor             * state,
         struct ggml_tensor             * page_outs);
 
+// The tensor of the cold store. The op changes the store in place, so it runs where that lies and nowhere else: ggml's
+// scheduler would let it work on a copy.
+GGML_API const struct ggml_tensor * ggml_monarch_get_store(const struct ggml_tensor * dst);
+
 #ifdef __cplusplus
 }
 #endif

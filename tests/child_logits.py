@@ -2,6 +2,7 @@
 
 Standard input: a JSON list of cases; argument: the .npz to write. A case:
   model, n_ctx, n_ubatch, type_k, type_v, flash_attn   the context
+  n_gpu_layers   on the device that RPC_ENDPOINT names (tests/test_device.py)
   env      MONARCH_* variables
   seed     order of physical pages (patched library)
   steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail, ["rm", p0, p1] what lies between; ["clear"];
@@ -15,6 +16,7 @@ Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string.
 import ctypes
 import json
 import os
+import re
 import sys
 
 import llama_cpp
@@ -36,6 +38,29 @@ class Aborter:
         return self.count == self.limit
 
 
+def add_rpc_device(endpoint: str) -> None:
+    """A device whose memory the host cannot reach: a server of the same library."""
+    folder = os.environ["LLAMA_CPP_LIB_PATH"]
+    rpc, registry = (ctypes.CDLL(os.path.join(folder, name)) for name in ("libggml-rpc.so", "libggml.so"))
+    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    registry.ggml_backend_register(ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(endpoint.encode())))
+
+
+class Stores:
+    """Where the log says that cold pages lie."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.callback = llama_cpp.llama_log_callback(self.add)
+        llama_cpp.llama_log_set(self.callback, None)
+
+    def add(self, _level: int, text: bytes, _data: object) -> None:
+        line = text.decode(errors="replace")
+        sys.stderr.write(line)
+        if found := re.match(r"alloc_cold: +(\S+): hot ring", line):
+            self.names.append(found[1])
+
+
 class Context:
     def __init__(self, case: dict) -> None:
         for name in [name for name in os.environ if name.startswith("MONARCH")]:
@@ -45,6 +70,7 @@ class Context:
         if case.get("seed"):
             llama_cpp.llama_cpp._lib.monarch_test_shuffle_pages(ctypes.c_uint32(case["seed"]))
         params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = case.get("n_gpu_layers", 0)
         self.model = llama_cpp.llama_model_load_from_file(case["model"].encode(), params)
         cparams = llama_cpp.llama_context_default_params()
         cparams.n_ctx = case["n_ctx"]
@@ -57,6 +83,7 @@ class Context:
         cparams.type_k = TYPES[case.get("type_k", "f16")]
         cparams.type_v = TYPES[case.get("type_v", "f16")]
         cparams.no_perf = False
+        cparams.offload_kqv = case.get("offload_kqv", True)
         self.ctx = llama_cpp.llama_init_from_model(self.model, cparams)
         if not self.ctx:
             raise SystemExit("no context")
@@ -181,10 +208,15 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
 
 
 def main() -> None:
+    if endpoint := os.environ.get("RPC_ENDPOINT"):
+        add_rpc_device(endpoint)
+    stores = Stores()
     cases = json.load(sys.stdin)
     arrays = {}
     for i, case in enumerate(cases):
+        stores.names.clear()
         logits, info = run(case)
+        info["stores"] = stores.names
         arrays[f"logits{i}"] = logits
         arrays[f"info{i}"] = np.array(json.dumps(info))
     np.savez(sys.argv[1], **arrays)

@@ -253,7 +253,6 @@ def test_other_architectures_are_refused_when_paging_is_on(patched_bin: Path, fo
         ({"MONARCH": "1", "MONARCH_HOT_WINDOW": "8"}, "MONARCH_HOT_WINDOW = 8: must be from 16 to 1048576"),
         ({"MONARCH": "1", "MONARCH_PAGE_SIZE": "12"}, "page_size = 12: must be 8, 16 or 32"),
         ({"MONARCH": "1", "MONARCH_FRAMES": "4"}, "frames = 4: not supported yet"),
-        ({"MONARCH": "1", "MONARCH_COLD_TIER": "device"}, "cold_tier = device: not supported yet"),
     ],
 )
 def test_bad_knobs_are_refused_by_name(
