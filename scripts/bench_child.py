@@ -1,14 +1,15 @@
-"""One arm of bench_cpu.py: runs in a process of its own on the library that LLAMA_CPP_LIB_PATH names.
+"""One arm of bench_cpu.py or bench_cuda.py: a process of its own on the library that LLAMA_CPP_LIB_PATH names.
 
-Argument: a JSON object with patched, model, depth, n_gen, n_prompt, n_threads, type, flash_attn, v_trans and fill.
-The context is filled to the depth, then single tokens and one prompt batch are timed there. fill is "state" (a
-synthetic sequence state in stock's format is restored, the same values in every arm) or "prefill" (random tokens are
-decoded).
+Argument: a JSON object with patched, model, depth, n_gen, n_prompt, n_threads, n_gpu_layers, type, flash_attn, v_trans,
+fill, and logits: a file for those of the timed tokens, or null. The context is filled to the depth, then single tokens
+and one prompt batch are timed there. fill is "state" (a synthetic sequence state in stock's format is restored, the
+same values in every arm) or "prefill" (random tokens are decoded).
 Prints one JSON object.
 """
 
 import ctypes
 import json
+import os
 import re
 import sys
 import time
@@ -72,9 +73,9 @@ def synthetic_state(depth: int, n_layer: int, width: int, kind: str, v_trans: bo
 class Context:
     def __init__(self, config: dict) -> None:
         self.config = config
-        self.model = llama_cpp.llama_model_load_from_file(
-            config["model"].encode(), llama_cpp.llama_model_default_params()
-        )
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = config["n_gpu_layers"]
+        self.model = llama_cpp.llama_model_load_from_file(config["model"].encode(), model_params)
         self.model_bytes = memory_bytes("VmRSS")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = -(-(config["depth"] + config["n_gen"] + config["n_prompt"] + 16) // 256) * 256
@@ -83,9 +84,12 @@ class Context:
         params.n_threads = params.n_threads_batch = config["n_threads"]
         params.flash_attn_type = int(config["flash_attn"])
         params.type_k = params.type_v = TYPES[config["type"]]
+        free = device_free_bytes()
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
             raise SystemExit("no context: see the messages above")
+        self.device_bytes = free - device_free_bytes()
+        self.logits: list[np.ndarray] = []
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.rng = np.random.default_rng(2)
 
@@ -125,7 +129,22 @@ class Context:
             start = time.perf_counter()
             self.decode(1, pos + i)
             res.append(1e3 * (time.perf_counter() - start))
+            if self.config["logits"]:
+                data = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+                self.logits.append(np.ctypeslib.as_array(data, shape=(self.n_vocab,)).copy())
         return res
+
+
+def device_free_bytes() -> int:
+    """Of the first GPU; 0 without one."""
+    ggml = ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "libggml.so"))
+    ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    device = ggml.ggml_backend_dev_by_type(1)
+    if not device:
+        return 0
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ggml.ggml_backend_dev_memory(ctypes.c_void_p(device), ctypes.byref(free), ctypes.byref(total))
+    return free.value
 
 
 def memory_bytes(name: str) -> int | None:
@@ -166,6 +185,9 @@ def main() -> None:
         prompt_ms = 1e3 * (time.perf_counter() - start)
     res = {"tokens_ms": tokens_ms, "prompt_ms": prompt_ms, "model_bytes": ctx.model_bytes}
     res["peak_bytes"] = memory_bytes("VmHWM")
+    res["device_bytes"] = ctx.device_bytes
+    if config["logits"]:
+        np.save(config["logits"], np.stack(ctx.logits))
     if config["patched"]:
         res["stats"] = paging_stats(ctx.ctx)
     print(json.dumps(res))

@@ -60,16 +60,21 @@ def run(arm: Arm, model: Path, args: argparse.Namespace, depth: int, fill: str) 
     config = {
         "patched": arm.patched, "model": str(model), "depth": depth, "n_gen": args.n_gen,
         "n_prompt": args.n_prompt if depth < 65536 else 0, "n_threads": args.threads, "type": arm.kv_type,
-        "flash_attn": arm.flash_attn, "v_trans": not arm.patched, "fill": fill,
+        "flash_attn": arm.flash_attn, "v_trans": not arm.patched, "fill": fill, "n_gpu_layers": 0, "logits": None,
     }  # fmt: skip
+    return run_child(arm, config) | {"fill": fill}
+
+
+def run_child(arm: Arm, config: dict[str, Any], env: dict[str, str] | None = None) -> dict[str, Any]:
+    depth = config["depth"]
     command = [sys.executable, str(ROOT / "scripts" / "bench_child.py"), json.dumps(config)]
-    result = subprocess.run(command, env=environment(arm), capture_output=True, text=True)
+    result = subprocess.run(command, env=environment(arm) | (env or {}), capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"{arm.name} at {depth}: {result.stderr.strip().splitlines()[-1]}")
     row = json.loads(result.stdout)
     if arm.patched:
         check_counters(arm, row["stats"], depth)
-    return row | {"arm": arm.name, "depth": depth, "fill": fill}
+    return row | {"arm": arm.name, "depth": depth}
 
 
 def tokens_per_second(rows: list[dict]) -> float:
