@@ -175,31 +175,9 @@ static void monarch_state_put(llama_io_write_i & io, const void * data, size_t s
     }
 }
 
-// what stays on the device elsewhere: here pages and slots go where the rest goes
-class monarch_io_write_host : public llama_io_write_i {
-public:
-    explicit monarch_io_write_host(llama_io_write_i & io) : io(io) {}
-
-    void write(const void * src, size_t size) override {
-        io.write(src, size);
-    }
-
-    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
-        io.write(monarch_bytes::read(tensor, offset, size).data(), size);
-    }
-
-    size_t n_bytes() override {
-        return io.n_bytes();
-    }
-
-private:
-    llama_io_write_i & io;
-};
-
-void monarch_kv_cache::state_write(llama_io_write_i & io_all, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    monarch_io_write_host io_host(io_all);
-
-    llama_io_write_i & io = flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE ? io_host : io_all;
+// states lie in host memory, those too that might stay on the device
+void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    GGML_UNUSED(flags);
 
     const monarch_paged_state state = paged_describe(seq_id);
 
@@ -227,8 +205,10 @@ static uint32_t monarch_state_write_rows(llama_io_write_i & io, ggml_tensor * ri
     const size_t size = ggml_row_size(ring->type, ring->ne[0]);
 
     for (const uint32_t slot : slots) {
-        io.write_tensor(ring, slot*ring->nb[1], size);
-        crc = monarch_crc(crc, monarch_bytes::read(ring, slot*ring->nb[1], size).data(), size);
+        auto row = monarch_bytes::read(ring, slot*ring->nb[1], size);
+
+        io.write(row.data(), size);
+        crc = monarch_crc(crc, row.data(), size);
     }
     return crc;
 }
@@ -250,10 +230,10 @@ void monarch_kv_cache::paged_write_page(llama_io_write_i & io, int32_t phys) con
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const size_t offset = monarch_pool_offset(&codec, n_pages_max, h, phys);
+            auto block = monarch_bytes::read(cold.pool, monarch_pool_offset(&codec, n_pages_max, h, phys), size);
 
-            io.write_tensor(cold.pool, offset, size);
-            crc = monarch_crc(crc, monarch_bytes::read(cold.pool, offset, size).data(), size);
+            io.write(block.data(), size);
+            crc = monarch_crc(crc, block.data(), size);
         }
     }
 
