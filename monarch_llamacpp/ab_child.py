@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .ab_arms import Arm
+from .ab_settings import Settings
 from .errors import MonarchError
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ Report = dict[str, Any]
 _TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20}
 
 
-def run_child(arm: Arm, module: str, args: Sequence[object], flash_attn: int, n_threads: int | None) -> Report:
+def run_child(arm: Arm, module: str, args: Sequence[object], flash_attn: int, settings: Settings) -> Report:
     """What the module prints as its last line; what it says on stderr last, where it fails."""
     command = [sys.executable, "-m", module, *map(str, args), "--build", arm.build, "--type-kv", arm.type_kv]
-    command += ["--flash-attn", str(flash_attn)] + (["--threads", str(n_threads)] if n_threads else [])
+    command += ["--flash-attn", str(flash_attn), "--n-gpu-layers", str(settings.n_gpu_layers)]
+    command += ["--threads", str(settings.n_threads)] if settings.n_threads else []
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=arm.environment())
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"it ended with status {result.returncode}"]
@@ -70,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--type-kv", choices=_TYPES, default="f16")
     parser.add_argument("--flash-attn", type=int, default=0)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--n-gpu-layers", type=int, default=-1)
     return parser
 
 
@@ -78,9 +81,9 @@ def open_model(args: argparse.Namespace, n_ctx: int, n_ubatch: int) -> llama_cpp
         from .llama import Llama
     else:
         from llama_cpp import Llama
-    options = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "verbose": False}
+    options = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "n_gpu_layers": args.n_gpu_layers}
     options |= {"type_k": _TYPES[args.type_kv], "type_v": _TYPES[args.type_kv], "flash_attn": bool(args.flash_attn)}
-    return Llama(args.model, n_threads=args.threads, n_threads_batch=args.threads, **options)
+    return Llama(args.model, n_threads=args.threads, n_threads_batch=args.threads, verbose=False, **options)
 
 
 def read_stats(llm: llama_cpp.Llama) -> Report | None:

@@ -21,7 +21,7 @@ def make_plan(settings: Settings, file: Path) -> Report:
     options = ["--text-tokens", settings.text_tokens, "--decode-tokens", settings.decode_tokens]
     options += ["--lengths", ",".join(map(str, settings.lengths)), "--haystacks", settings.haystacks]
     options += ["--text", settings.text] if settings.text else []
-    plan = run_child(stock_arm(), __name__, [settings.model, *options], 0, settings.n_threads)
+    plan = run_child(stock_arm(), __name__, [settings.model, *options], 0, settings)
     n_tokens = len(plan["text"])
     parts = range(1, settings.continuations + 1)
     plan["cuts"] = sorted({n_tokens * i // settings.continuations for i in parts})

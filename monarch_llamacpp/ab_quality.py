@@ -63,7 +63,7 @@ def _rows(arm: Arm, flash_attn: int, report: Report, reference: Report, plan: Re
 def _run(lab: Lab, arm: Arm, flash_attn: int, folder: Path, is_reference: bool = False) -> Report:
     args = [lab.settings.model, "--plan", folder / "plan.json", "--reference", folder]
     args += ["--is-reference"] if is_reference else []
-    return run_child(arm, ab_quality_child.__name__, args, flash_attn, lab.settings.n_threads)
+    return run_child(arm, ab_quality_child.__name__, args, flash_attn, lab.settings)
 
 
 def _text_rows(report: Report, plan: Report) -> list[Row]:

@@ -43,6 +43,7 @@ def describe_arm(arm: Arm) -> Row:
 def arm_receipt(arm: Arm, settings: Settings, **facts: object) -> str:
     """facts: what else the rows of this kind depend on."""
     common = {"model": sha256(settings.model), "arm": describe_arm(arm), "n_threads": settings.n_threads}
+    common |= {"n_gpu_layers": settings.n_gpu_layers}
     return make_receipt(common | {"machine": machine(), "package": __version__} | facts)
 
 

@@ -70,9 +70,11 @@ def _ratio_cell(ratio: float | None) -> str:
 
 def _memory_table(memory: Sequence[Row]) -> Table:
     title = f"Cache and latency after {memory[0]['n_tokens']} tokens"
-    table = _make_table(title, "arm", "KV MiB", "hot", "cold", "promoted", "peak MiB", "first s", "ms", "p99")
+    vram = ["VRAM MiB"] if any(row["vram_bytes"] for row in memory) else []
+    table = _make_table(title, "arm", "KV MiB", "hot", "cold", "promoted", "peak MiB", *vram, "first s", "ms", "p99")
     for row in memory:
-        sizes = f"{row['kv_bytes'] / MIB:.4g}", *_page_cells(row), f"{row['peak_rss_bytes'] / MIB:.0f}"
+        taken = [row["peak_rss_bytes"], *([row["vram_bytes"]] if vram else [])]
+        sizes = f"{row['kv_bytes'] / MIB:.4g}", *_page_cells(row), *(f"{size / MIB:.0f}" for size in taken)
         times = statistics.median(row["token_ms"]), percentile(row["token_ms"], 99)
         table.add_row(row["arm"], *sizes, f"{row['first_token_s']:.3g}", *(f"{time:.3g}" for time in times))
     return table

@@ -48,6 +48,7 @@ class Settings:
     haystacks: int = 1
     continuations: int = 1
     continue_tokens: int = 1
+    n_gpu_layers: int = -1
 
     @property
     def probe_tokens(self) -> int:
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-p", type=int, dest="n_prompt", metavar="N", help=f"of the prompt; 0: none (quick: {preset.n_prompt})"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="(default: llama-bench's)")
+    parser.add_argument("--n-gpu-layers", type=int, default=-1, metavar="N", help="(default: all, on a CUDA build)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="for quality (default: one is made)")
     parser.add_argument(
         "--text-tokens", type=int, metavar="N", help=f"at most the trained context (quick: {preset.text_tokens})"
@@ -89,7 +91,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     _check_least(args, values)
     for name, least in (("depths", 0), ("lengths", 256)):
         values[name] = _numbers(f"--{name}", values[name], least)
-    return Settings(args.model, n_threads=args.threads, parts=_parts(args.parts), text=args.text, **values)
+    given = {"n_threads": args.threads, "n_gpu_layers": args.n_gpu_layers, "parts": _parts(args.parts)}
+    return Settings(args.model, text=args.text, **given, **values)
 
 
 def _check_least(args: argparse.Namespace, values: dict) -> None:

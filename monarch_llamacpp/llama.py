@@ -43,16 +43,21 @@ def _cause() -> str:
 
 
 class Llama(llama_cpp.Llama):
-    """Llama(path, paging=Knobs(mode="paged")); without paging the MONARCH_* environment decides."""
+    """Llama(path, paging=Knobs(mode="paged")); without paging the MONARCH_* environment decides.
 
-    def __init__(self, model_path: str, *, paging: Knobs | None = None, **kwargs: Any) -> None:
+    n_gpu_layers: the last layers and their cache lie on the GPU; -1: all, on a CUDA build.
+    """
+
+    def __init__(
+        self, model_path: str, *, paging: Knobs | None = None, n_gpu_layers: int = -1, **kwargs: Any
+    ) -> None:
         self._stack = ExitStack()  # the base class closes it even when it never opened
         if paging is not None:
             SHIM.validate(paging)
         if not Path(model_path).is_file():
             raise MonarchError(f"no model at {model_path}: give the path of a GGUF file")
         self._hooks: Any = None
-        self._create(str(model_path), paging, kwargs)
+        self._create(str(model_path), paging, kwargs | {"n_gpu_layers": n_gpu_layers})
 
     def _create(self, model_path: str, paging: Knobs | None, kwargs: dict[str, Any]) -> None:
         _last_errors.clear()

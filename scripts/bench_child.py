@@ -9,7 +9,6 @@ Prints one JSON object.
 
 import ctypes
 import json
-import os
 import re
 import sys
 import time
@@ -137,7 +136,7 @@ class Context:
 
 def device_free_bytes() -> int:
     """Of the first GPU; 0 without one."""
-    ggml = ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "libggml.so"))
+    ggml = llama_cpp.llama_cpp._lib
     ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     device = ggml.ggml_backend_dev_by_type(1)
     if not device:

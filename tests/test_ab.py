@@ -41,8 +41,8 @@ def make_arm(name: str, **knobs) -> Arm:
 def memory_row(arm: str, kv_bytes: int = 1 << 31, stats: dict | None = None) -> dict:
     times = {"first_token_s": 12.34, "token_ms": [1.0, 2.0, 123.45]}
     timeline = [[0, 0, 0, 0, 0, 0], [65540, 512, 1024, 512, 65028, kv_bytes]]
-    sizes = {"n_tokens": 65540, "kv_bytes": kv_bytes, "peak_rss_bytes": 1 << 33, "stats": stats, "timeline": timeline}
-    return {"row": "memory", "arm": arm, "knobs": None, **sizes, **times}
+    sizes = {"n_tokens": 65540, "kv_bytes": kv_bytes, "peak_rss_bytes": 1 << 33, "vram_bytes": 0}
+    return {"row": "memory", "arm": arm, "knobs": None, "stats": stats, "timeline": timeline, **sizes, **times}
 
 
 def quality_rows(arm: str, kl: float = 0.0123, control: bool = False) -> list[dict]:
@@ -143,6 +143,16 @@ def test_report_fits_a_terminal(capsys):
     assert not any("…" in line for line in lines)
     assert [arm for arm in ARMS for line in lines if line.split()[:1] == [arm] and "9/10" in line] == list(ARMS)
     assert sum("12172.8 ±2%" in line and "1.00x" in line for line in lines) == len(depths) * len(ARMS)
+
+
+def test_vram_is_shown_where_there_is_some(capsys):
+    rows = [memory_row("stock"), memory_row("paged")]
+    print_report(Console(width=80), rows)
+    assert "VRAM" not in capsys.readouterr().out
+    print_report(Console(width=80), [*rows[:1], rows[1] | {"vram_bytes": 777 << 20}])
+    shown = capsys.readouterr().out
+    assert "VRAM" in shown and "777" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_verdict_names_the_losses():
