@@ -439,7 +439,9 @@ void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
         paged_place(state, seq_id);
     });
 
-    paged_restore(state, is_alone);
+    const auto restore = [&]() { paged_restore(state, is_alone); };
+
+    fill(seq_id, std::cref(restore));
 }
 
 // page tables and cells
@@ -491,7 +493,7 @@ void monarch_kv_cache::paged_restore_layer(const monarch_paged_state & state, si
     auto blocks    = monarch_bytes::change(cold_layers[i_layer].pool);
     auto summaries = monarch_bytes::change(cold_layers[i_layer].summary);
 
-    run_jobs(state.phys.size(), [&](size_t i) {
+    const auto restore_page = [&](size_t i) {
         const int32_t phys = state.phys[i];
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
@@ -501,7 +503,9 @@ void monarch_kv_cache::paged_restore_layer(const monarch_paged_state & state, si
             monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), block,
                     summaries.data() + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
         }
-    });
+    };
+
+    run_jobs(state.phys.size(), std::cref(restore_page));
 }
 
 // all of it is here, checked and has its place. Counters go on if the context holds nothing else.

@@ -124,7 +124,9 @@ void monarch_kv_cache::stock_read(llama_io_read_i & io, uint32_t n_streams, llam
         stock_place(state, std::max(seq_id, 0));
     });
 
-    stock_restore(state);
+    const auto restore = [&]() { stock_restore(state); };
+
+    fill(seq_id, std::cref(restore));
 }
 
 // cells [i0, i0 + n) in order of position as f32, one KV head
@@ -143,7 +145,7 @@ void monarch_kv_cache::stock_restore_layer(const monarch_stock_state & state, si
     auto summaries = monarch_bytes::change(cold_layers[i_layer].summary);
     auto sticky    = monarch_bytes::change(cold_layers[i_layer].state);
 
-    run_jobs(state.phys.size(), [&](size_t i_page) {
+    const auto restore_page = [&](size_t i_page) {
         float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
         float v[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
 
@@ -163,7 +165,9 @@ void monarch_kv_cache::stock_restore_layer(const monarch_stock_state & state, si
             monarch_head_state_count     (head, n_pages_max)[phys] = 0;
             monarch_head_state_importance(head, n_pages_max)[phys] = 0.0f;
         }
-    });
+    };
+
+    run_jobs(state.phys.size(), std::cref(restore_page));
 }
 
 // rows of the state into the slots of one ring

@@ -706,6 +706,15 @@ void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> 
     });
 }
 
+void monarch_kv_cache::fill(llama_seq_id seq_id, const std::function<void()> & restore) {
+    try {
+        restore();
+    } catch (...) {
+        remove_each(seq_id, 0, std::numeric_limits<llama_pos>::max());
+        throw;
+    }
+}
+
 // summaries of pages that had other tokens
 void monarch_kv_cache::update_pages(const monarch_page_pool & before) {
     synchronize();

@@ -151,7 +151,7 @@ private:
     // what the present step asked devices to do is done
     void     synchronize() const;
 
-    // f(0), ..., f(n - 1) by the threads that a prompt would have
+    // f(0), ..., f(n - 1) by the threads that a prompt would have; fails only if f does: pass it by reference
     void     run_jobs(size_t n, const std::function<void(size_t)> & f) const;
 
     // if the action throws, all is as it was
@@ -159,6 +159,10 @@ private:
 
     // a sequence, or all of them, is given up for what `place` puts there
     void     replace(llama_seq_id seq_id, const std::function<void()> & place);
+
+    // what `place` made room for, passed by reference; where copies for a device find no memory the sequence, or all of them, ends up empty
+    void     fill(llama_seq_id seq_id, const std::function<void()> & restore);
+
     bool     is_sticky(uint8_t count) const;
 
     // of stock's states
