@@ -38,14 +38,6 @@ static int32_t monarch_rank_count(int32_t n_pages, const float * rank, float lea
     return res;
 }
 
-static float monarch_rank_find_max(int32_t n_pages, const float * rank) {
-    float res = -1.0f;
-    for (int32_t i = 0; i < n_pages; ++i) {
-        res = res > rank[i] ? res : rank[i];
-    }
-    return res;
-}
-
 static float monarch_rank_from_bits(int32_t bits) {
     float rank;
     memcpy(&rank, &bits, sizeof(rank));
@@ -67,8 +59,8 @@ struct monarch_rank_bound {
 // A rank below 0 is none. Non-negative floats are ordered as their bits are: the bound's are found by halves from `from` on,
 // which at least n are as good as, and counting again is cheaper than sorting.
 static monarch_rank_bound monarch_rank_find_bound(int32_t n_pages, const float * rank, int32_t n, float from) {
-    int32_t lo = monarch_rank_to_bits(from);                                    // at least n pages are as good
-    int32_t hi = monarch_rank_to_bits(monarch_rank_find_max(n_pages, rank)) + 1; // fewer are
+    int32_t lo = monarch_rank_to_bits(from); // at least n pages are as good
+    int32_t hi = 0x7f800000 + 1;             // fewer are: infinity is the greatest
 
     int32_t n_above = 0;
 
@@ -136,8 +128,11 @@ static int32_t monarch_rank_list_best(int32_t n_pages, const float * rank, monar
     return n;
 }
 
-// of more than n that are ranked
+// of the n best, or of all that are ranked
 static monarch_rank_bound monarch_rank_bound_best(int32_t n_pages, const float * rank, int32_t n) {
+    if (monarch_rank_count(n_pages, rank, 0.0f) <= n) {
+        return { 0.0f, 0 };
+    }
     return monarch_rank_find_bound(n_pages, rank, n, monarch_rank_guess_least(n_pages, rank, n));
 }
 
@@ -182,11 +177,7 @@ int32_t monarch_policy_select(
         return 0;
     }
 
-    const bool is_short = monarch_rank_count(n_pages, rank, 0.0f) > policy->n_budget;
-
-    const monarch_rank_bound bound = is_short ? monarch_rank_bound_best(n_pages, rank, policy->n_budget) : monarch_rank_bound { 0.0f, 0 };
-
-    return monarch_rank_list_best(n_pages, rank, bound, chosen);
+    return monarch_rank_list_best(n_pages, rank, monarch_rank_bound_best(n_pages, rank, policy->n_budget), chosen);
 }
 
 // the log's entry of a page: another sequence may have made it in this step
