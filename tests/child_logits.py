@@ -21,6 +21,7 @@ import sys
 
 import llama_cpp
 import numpy as np
+from rpc import load as load_rpc
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 
@@ -40,9 +41,7 @@ class Aborter:
 
 def add_rpc_device(endpoint: str) -> None:
     """A device whose memory the host cannot reach: a server of the same library."""
-    folder = os.environ["LLAMA_CPP_LIB_PATH"]
-    rpc, registry = (ctypes.CDLL(os.path.join(folder, name)) for name in ("libggml-rpc.so", "libggml.so"))
-    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    rpc, registry = load_rpc()
     registry.ggml_backend_register(ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(endpoint.encode())))
 
 

@@ -1,14 +1,13 @@
 """Serves this machine's CPU over RPC until it is killed, on LLAMA_CPP_LIB_PATH's library. Argument: endpoint."""
 
 import ctypes
-import os
 import sys
+
+from rpc import load
 
 
 def main() -> None:
-    folder = os.environ["LLAMA_CPP_LIB_PATH"]
-    rpc, registry = (ctypes.CDLL(os.path.join(folder, name)) for name in ("libggml-rpc.so", "libggml.so"))
-    registry.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    rpc, registry = load()
     devices = (ctypes.c_void_p * 1)(registry.ggml_backend_dev_by_name(b"CPU"))
     size = ctypes.c_size_t
     rpc.ggml_backend_rpc_start_server(sys.argv[1].encode(), None, size(2), size(1), devices)

@@ -110,6 +110,15 @@ def test_stock_states_are_paged_out_onto_the_device(
     check_equal(got, want)
 
 
+def test_a_cold_tier_of_device_is_where_the_layers_are(
+    patched_bin: Path, tmp_path: Path, endpoint: str, case: dict
+) -> None:
+    case = case | {"env": PAGED | {"MONARCH_COLD_TIER": "device"}, "steps": [["decode", 200]], "n_gpu_layers": ALL}
+    (host,) = run_cases(patched_bin, tmp_path, [case])
+    (far,) = run_on(endpoint, patched_bin, tmp_path, [case])
+    assert (host.info["stores"], far.info["stores"]) == (["CPU"], [device(endpoint)])
+
+
 @pytest.mark.parametrize(
     "kept", [{"env": PAGED | {"MONARCH_COLD_TIER": "ram"}}, {"offload_kqv": False}], ids=["cold_tier", "offload_kqv"]
 )
