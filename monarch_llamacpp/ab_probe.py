@@ -7,7 +7,6 @@ Prints one line of JSON.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import random
 import resource
 import sys
@@ -18,6 +17,7 @@ from .ab_arms import Arm
 from .ab_child import Report, check_activity, kv_bytes, make_parser, open_model, read_stats, run_child, run_main
 from .ab_lab import Lab
 from .ab_rows import Row
+from .device import free_vram
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -49,7 +49,7 @@ def _row(arm: Arm, report: Report) -> Row:
 
 
 def _measure(args: argparse.Namespace) -> Report:
-    free_before = _free_vram()
+    free_before = free_vram()
     llm = open_model(args, args.tokens + args.generate + 1, N_UBATCH)
     tokens = _random_tokens(llm, args.tokens)
     timeline = [_point(llm)]
@@ -62,7 +62,7 @@ def _measure(args: argparse.Namespace) -> Report:
     latencies = _decode(llm, args.generate, timeline)
     stats = read_stats(llm)
     sizes = {"n_tokens": llm.n_tokens, "kv_bytes": kv_bytes(llm, stats), "peak_rss_bytes": _peak_rss()}
-    sizes |= {"vram_bytes": free_before - _free_vram()}
+    sizes |= {"vram_bytes": free_before - free_vram()}
     times = {"first_token_s": first, "token_ms": latencies}
     return sizes | times | {"stats": stats, "timeline": timeline}
 
@@ -93,19 +93,6 @@ def _peak_rss() -> int:
     """Of this process, weights and Python included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _free_vram() -> int:
-    """Of the first GPU, in bytes; 0 without one."""
-    import llama_cpp
-
-    ggml = llama_cpp.llama_cpp._lib
-    ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
-    device = ggml.ggml_backend_dev_by_type(1)
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    if device:
-        ggml.ggml_backend_dev_memory(ctypes.c_void_p(device), ctypes.byref(free), ctypes.byref(total))
-    return free.value
 
 
 def _random_tokens(llm: llama_cpp.Llama, n: int) -> list[int]:

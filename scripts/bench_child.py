@@ -18,6 +18,11 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from monarch_llamacpp.device import free_vram  # noqa: E402
+
 MAGIC = 0xAF143CD8  # of a sequence state, pinned llama.cpp
 TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
 BLOCK = {"q4_0": (32, 18), "q8_0": (32, 34)}
@@ -83,11 +88,11 @@ class Context:
         params.n_threads = params.n_threads_batch = config["n_threads"]
         params.flash_attn_type = int(config["flash_attn"])
         params.type_k = params.type_v = TYPES[config["type"]]
-        free = device_free_bytes()
+        free = free_vram()
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
             raise SystemExit("no context: see the messages above")
-        self.device_bytes = free - device_free_bytes()
+        self.device_bytes = free - free_vram()
         self.logits: list[np.ndarray] = []
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.rng = np.random.default_rng(2)
@@ -132,18 +137,6 @@ class Context:
                 data = llama_cpp.llama_get_logits_ith(self.ctx, -1)
                 self.logits.append(np.ctypeslib.as_array(data, shape=(self.n_vocab,)).copy())
         return res
-
-
-def device_free_bytes() -> int:
-    """Of the first GPU; 0 without one."""
-    ggml = llama_cpp.llama_cpp._lib
-    ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
-    device = ggml.ggml_backend_dev_by_type(1)
-    if not device:
-        return 0
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    ggml.ggml_backend_dev_memory(ctypes.c_void_p(device), ctypes.byref(free), ctypes.byref(total))
-    return free.value
 
 
 def memory_bytes(name: str) -> int | None:

@@ -14,7 +14,9 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def check_counters(arm: Arm, stats: dict, depth: int) -> None:
         raise SystemExit(f"{arm.name} at {depth}: {stats['n_cold']} cold tokens, {stats['n_promoted']} pages promoted")
 
 
-def run(arm: Arm, model: Path, args: argparse.Namespace, depth: int, fill: str) -> dict[str, Any]:
+def run(arm: Arm, model: Path, args: argparse.Namespace, depth: int, fill: str = "state") -> dict[str, Any]:
     config = {
         "patched": arm.patched, "model": str(model), "depth": depth, "n_gen": args.n_gen,
         "n_prompt": args.n_prompt if depth < 65536 else 0, "n_threads": args.threads, "type": arm.kv_type,
@@ -77,8 +79,13 @@ def run_child(arm: Arm, config: dict[str, Any], env: dict[str, str] | None = Non
     return row | {"arm": arm.name, "depth": depth}
 
 
+def milliseconds(rows: list[dict]) -> float:
+    """Of a token."""
+    return statistics.median([ms for row in rows for ms in row["tokens_ms"]])
+
+
 def tokens_per_second(rows: list[dict]) -> float:
-    return 1e3 / statistics.median([ms for row in rows for ms in row["tokens_ms"]])
+    return 1e3 / milliseconds(rows)
 
 
 def prompt_per_second(rows: list[dict], n_prompt: int) -> float:
@@ -86,12 +93,13 @@ def prompt_per_second(rows: list[dict], n_prompt: int) -> float:
     return 1e3 * n_prompt / min(times) if times else float("nan")
 
 
-def measure(model: Path, args: argparse.Namespace, depth: int, fill: str = "state") -> dict[str, list[dict]]:
+def measure(title: str, arms: list[Arm], reps: int, run_arm: Callable[[Arm], dict]) -> dict[str, list[dict]]:
+    """Each arm's rows; arms take turns."""
     rows: dict[str, list[dict]] = {}
-    for _ in range(args.reps):
-        for arm in [*STOCK, *PATCHED]:
-            print(f"depth {depth}: {arm.name}", file=sys.stderr, flush=True)
-            rows.setdefault(arm.name, []).append(run(arm, model, args, depth, fill))
+    for _ in range(reps):
+        for arm in arms:
+            print(f"{title}: {arm.name}", file=sys.stderr, flush=True)
+            rows.setdefault(arm.name, []).append(run_arm(arm))
     return rows
 
 
@@ -133,6 +141,13 @@ def check(model: Path, args: argparse.Namespace) -> None:
         print(f"   8192 {arm.name:<17} {json.loads(output)[0]['avg_ts']:7.1f} tok/s  llama-bench")
 
 
+def synthetic(shape: str) -> Path:
+    model = paths.cache_dir() / f"synth-{shape}-q4_0.gguf"
+    if not model.exists():
+        synth_model.write_model(model, synth_model.SHAPES[shape], "q4_0")
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=synth_model.SHAPES, default="tinyllama")
@@ -145,15 +160,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every row")
     args = parser.parse_args()
 
-    model = paths.cache_dir() / f"synth-{args.shape}-q4_0.gguf"
-    if not model.exists():
-        synth_model.write_model(model, synth_model.SHAPES[args.shape], "q4_0")
+    model = synthetic(args.shape)
     if args.check:
         check(model, args)
 
     stock_at_0, written = 0.0, []
     for depth in [0, *map(int, args.depths.split(","))]:
-        rows = measure(model, args, depth)
+        run_arm = partial(run, model=model, args=args, depth=depth)
+        rows = measure(f"depth {depth}", [*STOCK, *PATCHED], args.reps, run_arm)
         written += [row for part in rows.values() for row in part]
         best = report(depth, rows, args, stock_at_0)
         stock_at_0 = stock_at_0 or best

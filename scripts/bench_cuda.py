@@ -10,9 +10,10 @@ in every arm. "Added time" is what depth adds to a token: t(depth) - t(0).
 
 import argparse
 import json
-import statistics
+import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench_cpu  # noqa: E402
-import synth_model  # noqa: E402
-from bench_cpu import Arm  # noqa: E402
+from bench_cpu import Arm, measure, milliseconds, run_child, synthetic  # noqa: E402
 
-from monarch_llamacpp import info, paths  # noqa: E402
+from monarch_llamacpp import info  # noqa: E402
 
 ALL_LAYERS = 999
 STOCK = [Arm(f"stock {kind} -fa 1", kv_type=kind) for kind in ("f16", "q8_0", "q4_0")]
@@ -38,11 +37,11 @@ def run(
     arm: Arm, model: Path, depth: int, n_gen: int, n_gpu_layers: int = ALL_LAYERS, logits: Path | None = None
 ) -> dict[str, Any]:
     config = {
-        "patched": arm.patched, "model": str(model), "depth": depth, "n_gen": n_gen, "n_prompt": 0, "n_threads": 4,
+        "patched": arm.patched, "model": str(model), "depth": depth, "n_gen": n_gen, "n_prompt": 0,
         "type": arm.kv_type, "flash_attn": arm.flash_attn, "v_trans": False, "fill": "state",
-        "n_gpu_layers": n_gpu_layers, "logits": str(logits) if logits else None,
+        "n_threads": os.cpu_count(), "n_gpu_layers": n_gpu_layers, "logits": str(logits) if logits else None,
     }  # fmt: skip
-    return bench_cpu.run_child(arm, config, {"MONARCH_COLD_TIER": "device"})  # refused where it would be the CPU's
+    return run_child(arm, config, {"MONARCH_COLD_TIER": "device"})  # refused where it would be the CPU's
 
 
 def difference(arm: Arm, model: Path, folder: Path) -> float:
@@ -65,19 +64,6 @@ def check(model: Path) -> bool:
     return max(paged) <= allowed
 
 
-def milliseconds(rows: list[dict[str, Any]]) -> float:
-    return statistics.median([ms for row in rows for ms in row["tokens_ms"]])
-
-
-def measure(model: Path, depth: int, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(args.reps):
-        for arm in [*STOCK, *PATCHED]:
-            print(f"{model.stem} at {depth}: {arm.name}", file=sys.stderr, flush=True)
-            rows.setdefault(arm.name, []).append(run(arm, model, depth, args.n_gen))
-    return rows
-
-
 def report(depth: int, rows: dict[str, list[dict[str, Any]]], best_at_0: float) -> float:
     """Prints the depth's lines; returns the best stock time."""
     times = {name: milliseconds(part) for name, part in rows.items()}
@@ -92,13 +78,6 @@ def report(depth: int, rows: dict[str, list[dict[str, Any]]], best_at_0: float) 
         share = device_bytes / max(stock_bytes, 1)
         print(f"{line}  context on the device {device_bytes / 2**20:6.0f} MiB, {share:5.2f} x stock f16")
     return best
-
-
-def synthetic(shape: str) -> Path:
-    model = paths.cache_dir() / f"synth-{shape}-q4_0.gguf"
-    if not model.exists():
-        synth_model.write_model(model, synth_model.SHAPES[shape], "q4_0")
-    return model
 
 
 def main() -> None:
@@ -116,10 +95,11 @@ def main() -> None:
     is_right = check(synthetic("tinyllama"))
     written: list[dict[str, Any]] = []
     for shape in args.shapes.split(","):
-        best_at_0 = 0.0
+        best_at_0, model = 0.0, synthetic(shape)
         print(shape)
         for depth in [0, *map(int, args.depths.split(","))]:
-            rows = measure(synthetic(shape), depth, args)
+            run_arm = partial(run, model=model, depth=depth, n_gen=args.n_gen)
+            rows = measure(f"{shape} at {depth}", [*STOCK, *PATCHED], args.reps, run_arm)
             written += [row | {"shape": shape} for part in rows.values() for row in part]
             best = report(depth, rows, best_at_0)
             best_at_0 = best_at_0 or best
