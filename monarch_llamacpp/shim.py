@@ -38,6 +38,7 @@ class Stats:
     score_us: int
     attend_us: int
     encode_us: int
+    n_frame_hits: int
 
     @property
     def kv_bytes(self) -> int:

@@ -9,6 +9,7 @@
 #include "monarch-cuda-device.cuh"
 
 #include "monarch-enums.h"
+#include "monarch-frames.h"
 #include "monarch-op.h"
 #include "monarch-policy.h"
 #include "monarch-polar.h"
@@ -37,6 +38,7 @@ struct monarch_cuda_attend {
     const uint8_t            * pool;
     const uint8_t            * summary;
     char                     * state;
+    char                     * frames; // null: none
     const int32_t            * table;
     int32_t                    n_head_kv;
     int32_t                    n_gqa;
@@ -280,6 +282,7 @@ struct monarch_tile {
     float   * point;  // [4][256] x and y of K's codes, then of V's
     int32_t * page;   // [MONARCH_TILE/8] physical pages of a tile, -1: none
     int32_t * valid;  // [MONARCH_TILE/8] their valid tokens
+    int32_t * frame;  // [MONARCH_TILE/8] where copies of them are, -1: none
     int32_t * seen;   // [MONARCH_TILE] whether the group's first token sees a slot
 };
 
@@ -297,13 +300,14 @@ MONARCH_DEVICE monarch_tile monarch_tile_get(float * shared, int32_t head_dim) {
     res.point  = res.acc    + 2*ROWS*MONARCH_THREADS;
     res.page   = (int32_t *) (res.point + 4*256);
     res.valid  = res.page  + MONARCH_TILE/8;
-    res.seen   = res.valid + MONARCH_TILE/8;
+    res.frame  = res.valid + MONARCH_TILE/8;
+    res.seen   = res.frame + MONARCH_TILE/8;
 
     return res;
 }
 
 static size_t monarch_tile_size(int32_t n_rows, int32_t head_dim) {
-    const size_t n = n_rows*head_dim + (MONARCH_SLICES + 1)*n_rows*MONARCH_TILE + 3*n_rows + 2*n_rows*MONARCH_THREADS + 4*256 + 2*MONARCH_TILE/8 + MONARCH_TILE;
+    const size_t n = n_rows*head_dim + (MONARCH_SLICES + 1)*n_rows*MONARCH_TILE + 3*n_rows + 2*n_rows*MONARCH_THREADS + 4*256 + 3*MONARCH_TILE/8 + MONARCH_TILE;
     return n*sizeof(float);
 }
 
@@ -564,6 +568,21 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
 // cold pages
 //
 
+MONARCH_DEVICE monarch_frame_head * monarch_frame_head_get(const monarch_cuda_attend & a, int32_t head_kv) {
+    return (monarch_frame_head *) (a.frames + monarch_frame_head_offset(a.n_pages_max, a.op.n_frames, head_kv));
+}
+
+MONARCH_DEVICE int32_t monarch_cold_find_frame(const monarch_cuda_attend & a, int32_t head_kv, int32_t page) {
+    return a.frames ? monarch_frame_find(monarch_frame_head_get(a, head_kv), a.op.n_frames, page) : -1;
+}
+
+MONARCH_DEVICE const uint8_t * monarch_cold_block(const monarch_cuda_attend & a, int32_t head_kv, int32_t page, int32_t frame) {
+    if (frame >= 0) {
+        return (const uint8_t *) a.frames + monarch_frame_offset(&a.op.codec, a.n_head_kv, a.n_pages_max, a.op.n_frames, head_kv, frame);
+    }
+    return a.pool + monarch_pool_offset(&a.op.codec, a.n_pages_max, head_kv, page);
+}
+
 MONARCH_DEVICE void monarch_points_fill(int32_t bits, float * x, float * y) {
     for (int32_t code = threadIdx.x; code < 256; code += blockDim.x) {
         // bits above a code's own wrap around: there are none of those
@@ -692,11 +711,12 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
 
             tile.page [threadIdx.x] = ic < n_chosen ? group.table[i].page : -1;
             tile.valid[threadIdx.x] = ic < n_chosen ? (int32_t) group.table[i].mask : 0;
+            tile.frame[threadIdx.x] = ic < n_chosen ? monarch_cold_find_frame(a, group.head_kv, group.table[i].page) : -1;
         }
         __syncthreads();
 
         const bool      is_valid = tile.valid[i_page] >> t & 1;
-        const uint8_t * block    = a.pool + monarch_pool_offset(&codec, a.n_pages_max, group.head_kv, is_valid ? tile.page[i_page] : 0);
+        const uint8_t * block    = monarch_cold_block(a, group.head_kv, is_valid ? tile.page[i_page] : 0, tile.frame[i_page]);
 
         float dot[ROWS] = { 0 };
         if (is_valid) {
@@ -735,7 +755,7 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
                 const int32_t page = tile.page[t0/codec.page_size];
 
                 if (page >= 0) {
-                    monarch_cold_add<ROWS>(codec, layout, a.pool + monarch_pool_offset(&codec, a.n_pages_max, group.head_kv, page),
+                    monarch_cold_add<ROWS>(codec, layout, monarch_cold_block(a, group.head_kv, page, tile.frame[t0/codec.page_size]),
                             t0%codec.page_size, p, tile, tile.weight + t0, acc_x, acc_y);
                 }
             }

@@ -11,6 +11,7 @@ struct monarch_cuda_page_out {
     uint8_t           * pool;
     uint8_t           * summary;
     char              * state;
+    char              * frames; // null: none
     const int32_t     * page_outs;
     int32_t             n_head_kv;
     int32_t             n_pages_max;
@@ -472,6 +473,16 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
 
         monarch_head_state_count     (head, a.n_pages_max)[page] = 0;
         monarch_head_state_importance(head, a.n_pages_max)[page] = 0.0f;
+    }
+
+    // nor is a copy of what it held any good
+    if (threadIdx.x == 0 && a.frames) {
+        monarch_frame_head * head = (monarch_frame_head *) (a.frames + monarch_frame_head_offset(a.n_pages_max, a.op.n_frames, head_kv));
+
+        const int32_t frame = monarch_frame_find(head, a.op.n_frames, page);
+        if (frame >= 0) {
+            monarch_frame_head_page(head)[frame] = -1;
+        }
     }
 }
 

@@ -310,6 +310,10 @@ MONARCH_KERNEL monarch_apply_log(const monarch_cuda_attend a) {
         head->n_log        = 0;
         head->log_promoted = 0;
         head->log_scored   = 0;
+
+        if (a.frames) {
+            monarch_frame_head_get(a, blockIdx.x)->n_filled = 0;
+        }
     }
 }
 

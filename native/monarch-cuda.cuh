@@ -4,6 +4,7 @@
 // device, so launches depend on shapes alone and CUDA graphs can replay them.
 
 #include "monarch-cuda-attend.cuh"
+#include "monarch-cuda-frames.cuh"
 #include "monarch-cuda-page-out.cuh"
 #include "monarch-cuda-select.cuh"
 
@@ -157,6 +158,7 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
     a.summary = (const uint8_t *) dst->src[5]->data;
     a.state   = (char *)          dst->src[6]->data;
     a.table   = (const int32_t *) dst->src[7]->data;
+    a.frames  = dst->src[8] ? (char *) dst->src[8]->data : nullptr;
 
     const int32_t head_dim     = a.op.codec.head_dim;
     // how many runs there are is not known here: at most one to a token; groups that are not there cost little
@@ -177,6 +179,13 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
         monarch_cuda_launch_attend(a, n_groups, false, stream);
         MONARCH_LAUNCH(monarch_attend_merge, rows, MONARCH_THREADS, 3*head_dim*sizeof(float), stream, a);
         MONARCH_LAUNCH(monarch_write_log, a.n_head_kv, MONARCH_SELECT_THREADS, MONARCH_SELECT_THREADS*sizeof(int32_t), stream, a);
+
+        if (a.frames) {
+            MONARCH_LAUNCH(monarch_plan_frames, a.n_head_kv, MONARCH_SELECT_THREADS, monarch_plan_shared(), stream, a);
+        }
+    }
+    if (a.frames) {
+        MONARCH_LAUNCH(monarch_fill_frames, dim3(MONARCH_FRAME_BATCH, a.n_head_kv), MONARCH_THREADS, 0, stream, a);
     }
 }
 
@@ -194,6 +203,7 @@ static void monarch_cuda_forward_page_out(ggml_tensor * dst, cudaStream_t stream
     a.summary     = (uint8_t *)       dst->src[3]->data;
     a.state       = (char *)          dst->src[4]->data;
     a.page_outs   = (const int32_t *) page_outs->data;
+    a.frames      = dst->src[6] ? (char *) dst->src[6]->data : nullptr;
     a.n_head_kv   = (int32_t) k->ne[1];
     a.n_pages_max = (int32_t) dst->src[0]->ne[1];
     a.n_outs_max  = (int32_t) ((page_outs->ne[0] - 1)/(2 + a.op.codec.page_size));

@@ -66,13 +66,14 @@ ggml_tensor * monarch_graph_build_attn(
     ggml_tensor * pool    = cache->get_pool   (il);
     ggml_tensor * summary = cache->get_summary(il);
     ggml_tensor * state   = cache->get_state  (il);
+    ggml_tensor * frames  = cache->get_frames (il);
 
-    ggml_tensor * cur = ggml_monarch_attend(ctx, &params, q, k, v, inp->get_kq_mask(), pool, summary, state, paged->table);
+    ggml_tensor * cur = ggml_monarch_attend(ctx, &params, q, k, v, inp->get_kq_mask(), pool, summary, state, frames, paged->table);
     ggml_build_forward_expand(gf, cur);
 
     // after the layer attended: its hot tokens stay whole until the next graph
     ggml_build_forward_expand(gf, ggml_monarch_page_out(ctx, &params,
-            cache->get_k_ring(ctx, il), cache->get_v_ring(ctx, il), pool, summary, state, paged->page_outs));
+            cache->get_k_ring(ctx, il), cache->get_v_ring(ctx, il), pool, summary, state, frames, paged->page_outs));
 
     return ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
 }

@@ -169,9 +169,6 @@ static std::string monarch_knobs_check_together(const monarch_knobs & knobs) {
     if (knobs.hot_window < knobs.page_size) {
         return "hot_window = " + str(knobs.hot_window) + ": must be at least page_size = " + str(knobs.page_size);
     }
-    if (knobs.frames != 0) {
-        return "frames = " + str(knobs.frames) + ": not supported yet, promotion moves no bytes here; use 0";
-    }
     return "";
 }
 

@@ -2,6 +2,7 @@
 
 #include "monarch-crc.h"
 #include "monarch-error.h"
+#include "monarch-frames.h"
 #include "monarch-knobs.h"
 #include "monarch-page.h"
 #include "monarch-policy.h"
@@ -21,6 +22,9 @@
 
 // auto mode attends every cold page up to this many cold tokens, then promotes
 static const uint32_t MONARCH_AUTO_EXACT_TOKENS = 8192;
+
+// frames for each page that a step may promote, unless a knob says how many
+static const int32_t MONARCH_FRAMES_PER_PROMOTED = 4;
 
 //
 // what can be paged
@@ -74,10 +78,6 @@ static std::string monarch_check_model(const llama_model & model, const llama_me
     return monarch_check_head_dim(hparams);
 }
 
-//
-// where it lies
-//
-
 static monarch_op_params monarch_op_params_init(const monarch_knobs & knobs, int32_t head_dim) {
     monarch_op_params res = {};
 
@@ -90,66 +90,6 @@ static monarch_op_params monarch_op_params_init(const monarch_knobs & knobs, int
     res.scorer = knobs.scorer;
 
     return res;
-}
-
-// whether the device computes the op on a cold store that it holds itself
-static bool monarch_device_is_supported(ggml_backend_dev_t dev, const llama_memory_params & params, const monarch_op_params & op) {
-    ggml_init_params init_params = {
-        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-
-    ggml_context_ptr        ctx { ggml_init(init_params) };
-    ggml_backend_buffer_ptr buf { ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(dev), 0) };
-    if (!ctx || !buf) {
-        return false;
-    }
-
-    const int64_t head_dim = op.codec.head_dim;
-
-    ggml_tensor * q       = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim, 1, 1);
-    ggml_tensor * k       = ggml_new_tensor_3d(ctx.get(), params.type_k, head_dim, 1, 1);
-    ggml_tensor * v       = ggml_new_tensor_3d(ctx.get(), params.type_v, head_dim, 1, 1);
-    ggml_tensor * mask    = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1);
-    ggml_tensor * pool    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), MONARCH_SUMMARY_GROUP, 1);
-    ggml_tensor * summary = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), 1, 1);
-    ggml_tensor * state   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, monarch_state_size(1, MONARCH_SUMMARY_GROUP));
-    ggml_tensor * input   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 1);
-
-    pool->buffer = summary->buffer = state->buffer = buf.get();
-
-    return ggml_backend_dev_supports_op(dev, ggml_monarch_attend  (ctx.get(), &op, q, k, v, mask, pool, summary, state, input)) &&
-           ggml_backend_dev_supports_op(dev, ggml_monarch_page_out(ctx.get(), &op, k, v, pool, summary, state, input));
-}
-
-// empty, or the first device of the model's layers that cannot hold the cache
-static std::string monarch_find_unsupported_device(const llama_model & model, const llama_memory_params & params, const monarch_op_params & op) {
-    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
-        ggml_backend_dev_t dev = model.dev_layer(il);
-
-        if (!monarch_device_is_supported(dev, params, op)) {
-            return ggml_backend_dev_name(dev);
-        }
-    }
-    return "";
-}
-
-static bool monarch_is_offloaded(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const monarch_knobs & knobs) {
-    if (!cparams.offload_kqv || knobs.cold_tier == MONARCH_COLD_TIER_RAM) {
-        return false;
-    }
-
-    const std::string dev = monarch_find_unsupported_device(model, params, monarch_op_params_init(knobs, model.hparams.n_embd_head_k(0)));
-    if (dev.empty()) {
-        return true;
-    }
-    if (knobs.cold_tier == MONARCH_COLD_TIER_DEVICE) {
-        throw std::runtime_error("cold_tier = device: " + dev + " has no kernels for this cache; use auto or ram");
-    }
-
-    LLAMA_LOG_WARN("%s: %s has no kernels for this cache: it lies in host memory and is attended by the CPU\n", __func__, dev.c_str());
-    return false;
 }
 
 monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
@@ -166,7 +106,10 @@ monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const lla
             throw std::runtime_error(error + "; use mode off");
         }
 
-        return new monarch_kv_cache(model, params, cparams, knobs, monarch_is_offloaded(model, params, cparams, knobs), seed);
+        const monarch_op_params op    = monarch_op_params_init(knobs, model.hparams.n_embd_head_k(0));
+        const monarch_place     place = monarch_place_find(model, params, cparams, knobs, op);
+
+        return new monarch_kv_cache(model, params, cparams, knobs, place, seed);
     } catch (const std::exception & err) {
         monarch_error_set(err.what());
         throw std::runtime_error(std::string("monarch: ") + err.what());
@@ -227,9 +170,9 @@ monarch_kv_cache::monarch_kv_cache(
         const llama_memory_params & params,
         const llama_cparams       & cparams,
         const monarch_knobs       & knobs,
-        bool                        is_offloaded,
+        monarch_place               place,
         uint32_t                    seed) :
-    llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, is_offloaded, /*unified =*/ true,
+    llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, /*offload =*/ place != MONARCH_PLACE_HOST, /*unified =*/ true,
             monarch_n_slots(knobs, cparams), cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
     knobs(knobs),
     n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(monarch_is_unified(cparams)),
@@ -244,78 +187,121 @@ monarch_kv_cache::monarch_kv_cache(
 
     pool.init(n_pages_max, seed);
 
-    alloc_cold(model, is_offloaded);
+    alloc_cold(model, place);
     clear_states();
+    clear_frames();
 }
 
-// not cleared: in host memory the operating system commits it page by page, as it fills
-void monarch_kv_cache::alloc_cold(const llama_model & model, bool is_offloaded) {
-    const monarch_op_params op = get_op_params(0, 0.0f);
+// frames that a layer has: a few times what a step promotes
+int32_t monarch_kv_cache::n_frames_of(int32_t il) const {
+    const int32_t n_tokens = il < knobs.dense_layers ? std::max(knobs.dense_tokens, knobs.promote_tokens) : knobs.promote_tokens;
+    const int32_t n_frames = knobs.frames > 0 ? knobs.frames : MONARCH_FRAMES_PER_PROMOTED*(n_tokens/knobs.page_size);
 
-    std::vector<std::pair<ggml_backend_buffer_type_t, ggml_context *>> kinds;
+    return std::min<int32_t>(n_frames, n_pages_max);
+}
+
+// the context for tensors in this kind of memory
+ggml_context * monarch_kv_cache::get_cold_ctx(ggml_backend_buffer_type_t buft) {
+    for (const auto & cold : cold_bufs) {
+        if (cold.buft == buft) {
+            return cold.ctx.get();
+        }
+    }
+
+    ggml_init_params init_params = {
+        /*.mem_size   =*/ 4*layers.size()*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx { ggml_init(init_params) };
+    if (!ctx) {
+        throw std::runtime_error("failed to create ggml context for the cold store");
+    }
+
+    cold_bufs.push_back({ buft, std::move(ctx), nullptr });
+
+    return cold_bufs.back().ctx.get();
+}
+
+void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place) {
+    const monarch_op_params op = monarch_op_params_init(knobs, head_dim);
 
     for (const auto & layer : layers) {
-        ggml_backend_buffer_type_t buft = is_offloaded ? ggml_backend_dev_buffer_type(model.dev_layer(layer.il)) : ggml_backend_cpu_buffer_type();
+        ggml_backend_buffer_type_t buft      = monarch_place_get_buft     (place, model.dev_layer(layer.il));
+        ggml_backend_buffer_type_t pool_buft = monarch_place_get_pool_buft(place, model.dev_layer(layer.il));
 
-        auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const auto & k) { return k.first == buft; });
-        if (kind == kinds.end()) {
-            ggml_init_params init_params = {
-                /*.mem_size   =*/ 3*layers.size()*ggml_tensor_overhead(),
-                /*.mem_buffer =*/ nullptr,
-                /*.no_alloc   =*/ true,
-            };
-
-            ggml_context_ptr ctx { ggml_init(init_params) };
-            if (!ctx) {
-                throw std::runtime_error("failed to create ggml context for the cold store");
-            }
-
-            kind = kinds.insert(kinds.end(), { buft, ctx.get() });
-            cold_bufs.emplace_back(std::move(ctx), nullptr);
-        }
+        ggml_context * ctx = get_cold_ctx(buft);
 
         cold_layer cold = {
-            ggml_new_tensor_3d(kind->second, GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv),
-            ggml_new_tensor_3d(kind->second, GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
-            ggml_new_tensor_1d(kind->second, GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
+            ggml_new_tensor_3d(get_cold_ctx(pool_buft), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv),
+            ggml_new_tensor_3d(ctx, GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
+            ggml_new_tensor_1d(ctx, GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
+            nullptr,
+            buft != pool_buft ? n_frames_of(layer.il) : 0,
         };
 
         ggml_format_name(cold.pool,    "cold_pool_l%d",    layer.il);
         ggml_format_name(cold.summary, "cold_summary_l%d", layer.il);
         ggml_format_name(cold.state,   "cold_state_l%d",   layer.il);
 
+        if (cold.n_frames > 0) {
+            cold.frames = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, monarch_frames_size(&op.codec, n_head_kv, n_pages_max, cold.n_frames));
+            ggml_format_name(cold.frames, "cold_frames_l%d", layer.il);
+        }
+
         cold_layers.push_back(cold);
     }
 
-    for (size_t i = 0; i < kinds.size(); ++i) {
-        auto & [ctx, buf] = cold_bufs[i];
-
-        if (hparams.no_alloc) {
-            buf.reset(ggml_backend_buft_alloc_buffer(kinds[i].first, 0));
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buf.get();
-            }
-        } else {
-            buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), kinds[i].first));
-        }
-        if (!buf) {
-            throw std::runtime_error("failed to reserve memory for " + std::to_string(n_ctx) + " tokens of cold pages on " +
-                    ggml_backend_buft_name(kinds[i].first) + ": use a smaller n_ctx");
-        }
-
-        LLAMA_LOG_INFO("%s: %10s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
-                ggml_backend_buft_name(kinds[i].first), get_size(), n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(buf.get())/1024.0/1024.0);
+    for (auto & cold : cold_bufs) {
+        alloc_cold_buf(cold);
     }
+}
+
+// not cleared: in host memory the operating system commits it page by page, as it fills
+void monarch_kv_cache::alloc_cold_buf(cold_buf & cold) {
+    if (hparams.no_alloc) {
+        cold.buf.reset(ggml_backend_buft_alloc_buffer(cold.buft, 0));
+        for (ggml_tensor * t = ggml_get_first_tensor(cold.ctx.get()); t; t = ggml_get_next_tensor(cold.ctx.get(), t)) {
+            t->buffer = cold.buf.get();
+        }
+    } else {
+        cold.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(cold.ctx.get(), cold.buft));
+    }
+    if (!cold.buf) {
+        throw std::runtime_error("failed to reserve memory for " + std::to_string(n_ctx) + " tokens of cold pages on " +
+                ggml_backend_buft_name(cold.buft) + ": use a smaller n_ctx");
+    }
+
+    LLAMA_LOG_INFO("%s: %10s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
+            ggml_backend_buft_name(cold.buft), get_size(), n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold.buf.get())/1024.0/1024.0);
 }
 
 void monarch_kv_cache::clear_states() {
     const monarch_layer_state layer = {};
     const monarch_head_state  head  = {};
+    const monarch_frame_head  frame = {};
 
     for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
-        ggml_backend_tensor_set(cold_layers[i].state, &layer, 0, sizeof(layer));
+        const cold_layer & cold = cold_layers[i];
+
+        ggml_backend_tensor_set(cold.state, &layer, 0, sizeof(layer));
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            ggml_backend_tensor_set(cold_layers[i].state, &head, sizeof(layer) + h*monarch_head_state_size(n_pages_max), sizeof(head));
+            ggml_backend_tensor_set(cold.state, &head, sizeof(layer) + h*monarch_head_state_size(n_pages_max), sizeof(head));
+            if (cold.frames) {
+                ggml_backend_tensor_set(cold.frames, &frame, monarch_frame_head_offset(n_pages_max, cold.n_frames, h), sizeof(frame));
+            }
+        }
+    }
+}
+
+// no frame holds a page
+void monarch_kv_cache::clear_frames() {
+    for (const auto & cold : cold_layers) {
+        for (uint32_t h = 0; h < n_head_kv && cold.frames && !hparams.no_alloc; ++h) {
+            const size_t offset = monarch_frame_head_offset(n_pages_max, cold.n_frames, h) + sizeof(monarch_frame_head);
+
+            ggml_backend_tensor_memset(cold.frames, 0xff, offset, cold.n_frames*sizeof(int32_t)); // -1
         }
     }
 }
@@ -707,6 +693,8 @@ void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> 
 }
 
 void monarch_kv_cache::fill(llama_seq_id seq_id, const std::function<void()> & restore) {
+    clear_frames();
+
     try {
         restore();
     } catch (...) {
@@ -883,10 +871,8 @@ llama_pos monarch_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown() const {
     auto res = llama_kv_cache::memory_breakdown();
 
-    for (const auto & [ctx, buf] : cold_bufs) {
-        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
-
-        res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+    for (const auto & cold : cold_bufs) {
+        res[cold.buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(cold.ctx.get(), cold.buft) : ggml_backend_buffer_get_size(cold.buf.get());
     }
 
     return res;
@@ -901,6 +887,7 @@ monarch_op_params monarch_kv_cache::get_op_params(int32_t il, float kq_scale) co
 
     res.dense    = il < knobs.dense_layers;
     res.kq_scale = kq_scale;
+    res.n_frames = cold_layers[map_layer_ids.at(il)].n_frames;
 
     return res;
 }
@@ -915,6 +902,10 @@ ggml_tensor * monarch_kv_cache::get_summary(int32_t il) const {
 
 ggml_tensor * monarch_kv_cache::get_state(int32_t il) const {
     return cold_layers[map_layer_ids.at(il)].state;
+}
+
+ggml_tensor * monarch_kv_cache::get_frames(int32_t il) const {
+    return cold_layers[map_layer_ids.at(il)].frames;
 }
 
 static ggml_tensor * monarch_ring_view(ggml_context * ctx, ggml_tensor * t, int64_t head_dim) {
@@ -1025,7 +1016,7 @@ bool monarch_kv_cache::is_sticky(uint8_t count) const {
 std::vector<std::pair<monarch_hook, monarch_event>> monarch_kv_cache::collect_events() const {
     std::vector<std::pair<monarch_hook, monarch_event>> res;
 
-    if (hooks.on_promote || hooks.on_sticky) {
+    if (hooks.on_promote || hooks.on_sticky || hooks.on_page_in) {
         collect_promotions(res);
     }
 
@@ -1057,6 +1048,8 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
             const monarch_log_entry * log   = monarch_head_state_log(head);
             const uint8_t           * count = monarch_head_state_count(head, n_pages_max);
 
+            const std::vector<int32_t> filled = hooks.on_page_in ? get_filled_pages(cold_layers[i], h) : std::vector<int32_t>();
+
             for (int32_t j = 0; j < head->n_log; ++j) {
                 if (!(log[j].flags & MONARCH_LOG_PROMOTED)) {
                     continue;
@@ -1073,9 +1066,30 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
                 if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && is_sticky(std::min(count[log[j].page] + 1, 255))) {
                     res.push_back({ hooks.on_sticky, event });
                 }
+                if (std::find(filled.begin(), filled.end(), log[j].page) != filled.end()) {
+                    res.push_back({ hooks.on_page_in, event });
+                }
             }
         }
     }
+}
+
+// the physical pages that the last step copied to frames
+std::vector<int32_t> monarch_kv_cache::get_filled_pages(const cold_layer & cold, uint32_t head_kv) const {
+    std::vector<int32_t> res;
+
+    if (!cold.frames) {
+        return res;
+    }
+
+    auto bytes = monarch_bytes::read(cold.frames, monarch_frame_head_offset(n_pages_max, cold.n_frames, head_kv), monarch_frame_head_size(n_pages_max, cold.n_frames));
+
+    monarch_frame_head * head = (monarch_frame_head *) bytes.data();
+
+    for (int32_t i = 0; i < head->n_filled; ++i) {
+        res.push_back(monarch_frame_head_page(head)[head->filled[i]]);
+    }
+    return res;
 }
 
 monarch_stats monarch_kv_cache::get_stats() const {
@@ -1107,6 +1121,16 @@ monarch_stats monarch_kv_cache::get_stats() const {
         res.cold_bytes    += pool.n_used()*n_head_kv*cold.pool->nb[1];
         res.summary_bytes += pool.n_used()*n_head_kv*monarch_summary_size(head_dim);
         res.table_bytes   += ggml_nbytes(cold.state);
+        res.frame_bytes   += cold.frames ? ggml_nbytes(cold.frames) : 0;
+
+        for (uint32_t h = 0; h < n_head_kv && cold.frames; ++h) {
+            auto bytes = monarch_bytes::read(cold.frames, monarch_frame_head_offset(n_pages_max, cold.n_frames, h), sizeof(monarch_frame_head));
+
+            const monarch_frame_head * head = (const monarch_frame_head *) bytes.data();
+
+            res.n_page_ins   += head->n_page_ins;
+            res.n_frame_hits += head->n_hits;
+        }
 
         auto state = monarch_bytes::read(cold.state);
 

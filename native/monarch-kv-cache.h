@@ -14,6 +14,7 @@
 #include "monarch-codec.h"
 #include "monarch-op.h"
 #include "monarch-page-table.h"
+#include "monarch-place.h"
 #include "monarch-state.h"
 
 #include "llama-kv-cache.h"
@@ -74,6 +75,7 @@ public:
     ggml_tensor * get_pool   (int32_t il) const;
     ggml_tensor * get_summary(int32_t il) const;
     ggml_tensor * get_state  (int32_t il) const;
+    ggml_tensor * get_frames (int32_t il) const; // null: none
     ggml_tensor * get_k_ring (ggml_context * ctx, int32_t il) const;
     ggml_tensor * get_v_ring (ggml_context * ctx, int32_t il) const;
 
@@ -99,16 +101,30 @@ public:
 private:
     monarch_kv_cache(
             const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-            const monarch_knobs & knobs, bool is_offloaded, uint32_t seed);
+            const monarch_knobs & knobs, monarch_place place, uint32_t seed);
 
-    void alloc_cold(const llama_model & model, bool is_offloaded);
+    // tensors of the cold store in one kind of memory
+    struct cold_buf {
+        ggml_backend_buffer_type_t buft;
+        ggml_context_ptr           ctx;
+        ggml_backend_buffer_ptr    buf;
+    };
+
+    void alloc_cold    (const llama_model & model, monarch_place place);
+    void alloc_cold_buf(cold_buf & cold);
+
+    ggml_context * get_cold_ctx(ggml_backend_buffer_type_t buft);
+
     void clear_states();
+    void clear_frames();
 
     // cold store of one layer
     struct cold_layer {
         ggml_tensor * pool;
         ggml_tensor * summary;
         ggml_tensor * state;
+        ggml_tensor * frames; // null: none
+        int32_t       n_frames;
     };
 
     // a page that leaves the hot window in the present step; of several sequences, if they share its slots
@@ -186,11 +202,15 @@ private:
     size_t   paged_page_size  ()           const;
     size_t   paged_sticky_size(uint32_t n) const;
 
+    int32_t  n_frames_of(int32_t il) const;
+
     uint32_t n_page_outs_max() const { return n_seqs()*(n_ubatch/knobs.page_size + 2); } // of one step
 
     std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
 
     void collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const;
+
+    std::vector<int32_t> get_filled_pages(const cold_layer & cold, uint32_t head_kv) const;
 
     monarch_knobs knobs;
     monarch_hooks hooks = {};
@@ -217,8 +237,7 @@ private:
 
     std::vector<cold_layer> cold_layers;
 
-    // one for each kind of memory that layers lie in
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> cold_bufs;
+    std::vector<cold_buf> cold_bufs; // one for each kind of memory
 
     llama_context * lctx = nullptr; // whose cache this is, known from its first step on
 };

@@ -22,6 +22,7 @@ struct ggml_tensor * ggml_monarch_attend(
         struct ggml_tensor             * pool,
         struct ggml_tensor             * summary,
         struct ggml_tensor             * state,
+        struct ggml_tensor             * frames,
         struct ggml_tensor             * table) {
     GGML_ASSERT(q->type == GGML_TYPE_F32);
     GGML_ASSERT(q->ne[0] == k->ne[0] && q->ne[0] == v->ne[0] && q->ne[0] == params->codec.head_dim);
@@ -41,6 +42,7 @@ struct ggml_tensor * ggml_monarch_attend(
     result->src[5] = summary;
     result->src[6] = state;
     result->src[7] = table;
+    result->src[8] = frames;
 
     return result;
 }
@@ -53,6 +55,7 @@ struct ggml_tensor * ggml_monarch_page_out(
         struct ggml_tensor             * pool,
         struct ggml_tensor             * summary,
         struct ggml_tensor             * state,
+        struct ggml_tensor             * frames,
         struct ggml_tensor             * page_outs) {
     struct ggml_tensor * result = ggml_view_tensor(ctx, pool);
 
@@ -64,6 +67,7 @@ struct ggml_tensor * ggml_monarch_page_out(
     result->src[3] = summary;
     result->src[4] = state;
     result->src[5] = page_outs;
+    result->src[6] = frames;
 
     return result;
 }

@@ -7,6 +7,7 @@
 //   pool      I8  [block_size, n_pages, n_head_kv]    cold records, monarch-codec.h
 //   summary   I8  [group_size, n_pages/16, n_head_kv] page summaries in groups of 16 pages, monarch-summary.h
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
+//   frames    I8  [...]                               copies of promoted pages, monarch-frames.h; null: the pool is as near
 //   table     I32 [...]                               input: the step's knobs, its runs, then (physical page, token mask) per cold page
 //   page_outs I32 [1 + n_max*(2 + page_size)]         input: count, then (physical page, token mask, ring slots) per page to encode
 
@@ -31,6 +32,7 @@ struct monarch_op_params {
     int32_t              scorer;
     int32_t              dense; // this layer promotes dense_tokens
     float                kq_scale;
+    int32_t              n_frames; // per KV head of this layer
 };
 
 // header of the table input; floats are stored as their bits
@@ -92,6 +94,7 @@ GGML_API struct ggml_tensor * ggml_monarch_attend(
         struct ggml_tensor             * pool,
         struct ggml_tensor             * summary,
         struct ggml_tensor             * state,
+        struct ggml_tensor             * frames,
         struct ggml_tensor             * table);
 
 // k, v: the whole ring, [head_dim, n_head_kv, n_slots]; returns a view of the pool
@@ -103,7 +106,12 @@ GGML_API struct ggml_tensor * ggml_monarch_page_out(
         struct ggml_tensor             * pool,
         struct ggml_tensor             * summary,
         struct ggml_tensor             * state,
+        struct ggml_tensor             * frames,
         struct ggml_tensor             * page_outs);
+
+// What a backend's registry calls the function that gives the memory of the host that a device of its can reach:
+// ggml_backend_buffer_type_t (*)(ggml_backend_dev_t).
+#define MONARCH_MAPPED_BUFFER_TYPE "monarch_mapped_buffer_type"
 
 // The tensor of the cold store. The op changes the store in place, so it runs where that lies and nowhere else: ggml's
 // scheduler would let it work on a copy.

@@ -65,7 +65,8 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-kv-cache.cpp
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
         ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
-        ${MONARCH_DIR}/monarch-page-table.cpp)
+        ${MONARCH_DIR}/monarch-page-table.cpp
+        ${MONARCH_DIR}/monarch-place.cpp)
     target_include_directories(${target} PRIVATE ${MONARCH_DIR})
     set_source_files_properties(
         ${MONARCH_DIR}/monarch-api.cpp
@@ -75,5 +76,6 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
         ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp
+        ${MONARCH_DIR}/monarch-place.cpp
         PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()

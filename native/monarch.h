@@ -49,12 +49,13 @@ struct monarch_stats {
     uint64_t hot_bytes;            // ring buffers, allocated
     uint64_t cold_bytes;           // records of the cold pages, used
     uint64_t summary_bytes;        // their summaries, used
-    uint64_t frame_bytes;
+    uint64_t frame_bytes;          // allocated
     uint64_t table_bytes;          // page table and sticky state
     double   cold_bytes_per_token; // K + V records over all layers
     uint64_t score_us;             // wall time of the first worker thread
     uint64_t attend_us;
     uint64_t encode_us;
+    uint64_t n_frame_hits;         // (page, layer, KV head) promotions that found the page in a frame, since creation
 };
 
 // one cold page

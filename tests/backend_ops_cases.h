@@ -136,7 +136,7 @@ struct test_monarch_attend : public test_monarch {
         ggml_tensor * state   = new_state(ctx);
         ggml_tensor * table   = new_named(ctx, "input", GGML_TYPE_I32, get_input().size());
 
-        return ggml_monarch_attend(ctx, &params, q, k, v, mask, pool, summary, state, table);
+        return ggml_monarch_attend(ctx, &params, q, k, v, mask, pool, summary, state, nullptr, table);
     }
 
     std::vector<int32_t> get_input() override {
@@ -184,7 +184,7 @@ struct test_monarch_page_out : public test_monarch {
         ggml_tensor * state     = new_state(ctx);
         ggml_tensor * page_outs = new_named(ctx, "input", GGML_TYPE_I32, get_input().size());
 
-        return ggml_monarch_page_out(ctx, &params, k, v, pool, summary, state, page_outs);
+        return ggml_monarch_page_out(ctx, &params, k, v, pool, summary, state, nullptr, page_outs);
     }
 
     std::vector<int32_t> get_input() override {

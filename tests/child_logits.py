@@ -2,9 +2,10 @@
 
 Standard input: a JSON list of cases; argument: the .npz to write. A case:
   model, n_ctx, n_ubatch, type_k, type_v, flash_attn   the context
-  n_gpu_layers   on the device that RPC_ENDPOINT names (tests/test_device.py)
+  n_gpu_layers   on the device that the environment names (devices.py)
   env      MONARCH_* variables
   seed     order of physical pages (patched library)
+  hooks    whether page-ins are counted by a hook (patched library)
   steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail, ["rm", p0, p1] what lies between; ["clear"];
            ["abort", n] aborts a decode of n tokens at every node in turn, then decodes them; ["save", file] and
            ["load", file, bytes] of a sequence state; ["damage", file, offsets, bits] loads it cut at each offset and
@@ -21,7 +22,7 @@ import sys
 
 import llama_cpp
 import numpy as np
-from rpc import load as load_rpc
+from devices import register
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 
@@ -39,12 +40,6 @@ class Aborter:
         return self.count == self.limit
 
 
-def add_rpc_device(endpoint: str) -> None:
-    """A device whose memory the host cannot reach: a server of the same library."""
-    rpc, registry = load_rpc()
-    registry.ggml_backend_register(ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(endpoint.encode())))
-
-
 class Stores:
     """Where the log says that cold pages lie."""
 
@@ -56,8 +51,25 @@ class Stores:
     def add(self, _level: int, text: bytes, _data: object) -> None:
         line = text.decode(errors="replace")
         sys.stderr.write(line)
-        if found := re.match(r"alloc_cold: +(\S+): hot ring", line):
+        if found := re.match(r"alloc_cold_buf: +(\S+): hot ring", line):
             self.names.append(found[1])
+
+
+class Hooks(ctypes.Structure):
+    """struct monarch_hooks; counts the pages that came to a frame."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("on_page_out", "on_promote", "on_sticky", "on_page_in", "user_data")),
+    ]
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(self.add)
+        super().__init__(ctypes.sizeof(Hooks), on_page_in=ctypes.cast(self.callback, ctypes.c_void_p))
+
+    def add(self, _event: int, _data: int) -> None:
+        self.count += 1
 
 
 class Context:
@@ -157,19 +169,22 @@ def stats(ctx: Context) -> dict:
     lib = llama_cpp.llama_cpp._lib
     if not hasattr(lib, "monarch_get_stats"):
         return {}
-    # struct monarch_stats: 4 x 32 bits, 15 x 64 bits, a double, 3 x 64 bits
-    buffer = (ctypes.c_uint64 * 21)()
+    # struct monarch_stats: 4 x 32 bits, 15 x 64 bits, a double, 4 x 64 bits
+    buffer = (ctypes.c_uint64 * 22)()
     ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(buffer)
     lib.monarch_get_stats.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     if lib.monarch_get_stats(ctx.ctx, buffer) != 0:
         return {}
     names = "n_tokens n_hot n_cold n_pages n_page_outs n_page_ins n_promotions n_promoted n_sticky n_scored"
-    return dict(zip(names.split(), list(buffer)[2:], strict=False))
+    return dict(zip(names.split(), list(buffer)[2:], strict=False)) | {"n_frame_hits": buffer[21]}
 
 
 def run(case: dict) -> tuple[np.ndarray, dict]:
     ctx = Context(case)
     tokens = case["tokens"]
+    hooks = Hooks()
+    if case.get("hooks"):
+        llama_cpp.llama_cpp._lib.monarch_set_hooks(ctypes.c_void_p(ctx.ctx), ctypes.byref(hooks))
     pos, taken, logits, info = 0, 0, [], {"status": [], "aborts": []}
     for name, *args in case["steps"]:
         if name in ("decode", "abort"):
@@ -202,13 +217,13 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
     info["pos_min"] = llama_cpp.llama_memory_seq_pos_min(ctx.memory, 0)
     info["pos_max"] = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0)
     info["stats"] = stats(ctx)
+    info["n_page_in_events"] = hooks.count
     ctx.close()
     return np.concatenate(logits), info
 
 
 def main() -> None:
-    if endpoint := os.environ.get("RPC_ENDPOINT"):
-        add_rpc_device(endpoint)
+    register()
     stores = Stores()
     cases = json.load(sys.stdin)
     arrays = {}

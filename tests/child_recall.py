@@ -1,7 +1,8 @@
 """Asks the recall model for every passphrase of one haystack and prints what came back as one line of JSON.
 
 Runs on the library that LLAMA_CPP_LIB_PATH names, under whatever MONARCH_* knobs are set. On the patched one the
-report has its statistics: after the haystack ("prefilled") and at the end.
+report has its statistics: after the haystack ("prefilled") and at the end. All layers are on the device, if the
+environment names one (devices.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+from devices import register
 
 from monarch_llamacpp import builder_shim, library
 from monarch_llamacpp.recall_text import Haystack, Needle, make_haystack
@@ -116,6 +118,7 @@ def tokenized(context: Context, text: str) -> list[int]:
 
 def main() -> None:
     args = parse_args()
+    register()
     haystack = make_haystack(args.tokens, args.needles, args.seed, args.omit)
     context = Context(args)
     context.decode(haystack.tokens)

@@ -3,11 +3,11 @@
 import ctypes
 import sys
 
-from rpc import load
+from devices import load_rpc
 
 
 def main() -> None:
-    rpc, registry = load()
+    rpc, registry = load_rpc()
     devices = (ctypes.c_void_p * 1)(registry.ggml_backend_dev_by_name(b"CPU"))
     size = ctypes.c_size_t
     rpc.ggml_backend_rpc_start_server(sys.argv[1].encode(), None, size(2), size(1), devices)

@@ -33,7 +33,7 @@ static uint32_t cuda_emulation_order = 0;
 static uint64_t cuda_emulation_launches = 0;
 
 enum cuda_fibre_state {
-    CUDA_FIBRE_NEW,
+    CUDA_FIBRE_NEW,      // has no stack yet
     CUDA_FIBRE_READY,
     CUDA_FIBRE_AT_WARP,  // waits for its warp
     CUDA_FIBRE_AT_BLOCK, // waits for its block
@@ -50,10 +50,11 @@ struct cuda_fibre {
     uint32_t          shuffled[2];
 };
 
-static const uint32_t CUDA_WARP = 32;
+static const uint32_t CUDA_WARP        = 32;
+static const uint32_t CUDA_MAX_THREADS = 1024;
 
 static struct {
-    std::vector<cuda_fibre> fibres;
+    cuda_fibre              fibres[CUDA_MAX_THREADS]; // they do not move: their stacks point to them
     std::function<void()>   kernel;
     jmp_buf                 jump;
     uint32_t                current;
@@ -65,10 +66,18 @@ static void cuda_fail(const char * what, int line) {
     abort();
 }
 
+// kernel after kernel: a fibre begins but once
 static void cuda_fibre_run() {
-    cuda_block.kernel();
-    cuda_block.fibres[cuda_block.current].state = CUDA_FIBRE_DONE;
-    longjmp(cuda_block.jump, 1);
+    while (true) {
+        cuda_block.kernel();
+
+        cuda_fibre & fibre = cuda_block.fibres[cuda_block.current];
+
+        fibre.state = CUDA_FIBRE_DONE;
+        if (!_setjmp(fibre.jump)) {
+            longjmp(cuda_block.jump, 1);
+        }
+    }
 }
 
 static void cuda_fibre_wait(cuda_fibre_state state, int line) {
@@ -92,6 +101,7 @@ static void cuda_fibre_resume(uint32_t i) {
     }
     if (fibre.state == CUDA_FIBRE_NEW) {
         fibre.state = CUDA_FIBRE_READY;
+        fibre.stack.resize(64 << 10);
         getcontext(&fibre.context);
         fibre.context.uc_stack.ss_sp   = fibre.stack.data();
         fibre.context.uc_stack.ss_size = fibre.stack.size();
@@ -146,12 +156,8 @@ static std::vector<uint32_t> cuda_order(uint32_t n) {
 }
 
 static void cuda_block_run(uint32_t n) {
-    if (cuda_block.fibres.size() < n) {
-        cuda_block.fibres.resize(n);
-    }
     for (uint32_t i = 0; i < n; ++i) {
-        cuda_block.fibres[i].stack.resize(64 << 10);
-        cuda_block.fibres[i].state      = CUDA_FIBRE_NEW;
+        cuda_block.fibres[i].state      = cuda_block.fibres[i].stack.empty() ? CUDA_FIBRE_NEW : CUDA_FIBRE_READY;
         cuda_block.fibres[i].n_shuffles = 0;
     }
 
@@ -175,7 +181,7 @@ static void cuda_block_run(uint32_t n) {
 }
 
 static void cuda_launch(const dim3 & grid, uint32_t n_threads, size_t shared_size, const std::function<void()> & kernel) {
-    if (n_threads%CUDA_WARP != 0 || n_threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+    if (n_threads%CUDA_WARP != 0 || n_threads > CUDA_MAX_THREADS || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
         cuda_fail("no such launch", 0);
     }
     if (shared_size > 48 << 10) {

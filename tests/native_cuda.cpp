@@ -9,14 +9,14 @@
 
 struct cuda_case {
     test_case base;
-    int32_t   residual_k, n_sm, n_steps, threshold, sticky_threshold, n_masked, hot_f32, q_zero, n_runs; // threshold: in millionths
+    int32_t   residual_k, n_sm, n_steps, threshold, sticky_threshold, n_masked, hot_f32, q_zero, n_runs, n_frames; // threshold: in millionths
 };
 
 static bool cuda_case_read(cuda_case * c) {
     test_case * b = &c->base;
-    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &b->head_dim, &b->n_gqa, &b->n_tokens, &b->page_size, &b->bits_k,
+    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &b->head_dim, &b->n_gqa, &b->n_tokens, &b->page_size, &b->bits_k,
             &b->bits_v, &b->scorer, &b->mode, &b->n_pages, &b->n_promote, &b->n_kv, &b->mask_f32, &c->residual_k, &c->n_sm, &c->n_steps,
-            &c->threshold, &c->sticky_threshold, &c->n_masked, &c->hot_f32, &c->q_zero, &c->n_runs) == 21;
+            &c->threshold, &c->sticky_threshold, &c->n_masked, &c->hot_f32, &c->q_zero, &c->n_runs, &c->n_frames) == 22;
 }
 
 // bytes with a guard on either side
@@ -41,13 +41,58 @@ struct guarded {
 
 // the tensors of one run: the plain path's, or those of an order of threads
 struct world {
-    guarded pool, summary, state, dst;
+    guarded pool, summary, state, dst, frames;
 
-    world(size_t pool, size_t summary, size_t state, size_t dst) : pool(pool), summary(summary), state(state), dst(dst) {
+    world(size_t pool, size_t summary, size_t state, size_t dst, size_t frames) : pool(pool), summary(summary), state(state), dst(dst), frames(frames) {
     }
 
     bool is_whole() const {
-        return pool.is_whole() && summary.is_whole() && state.is_whole() && dst.is_whole();
+        return pool.is_whole() && summary.is_whole() && state.is_whole() && dst.is_whole() && frames.is_whole();
+    }
+};
+
+// what frames of one KV head should hold
+struct frame_oracle {
+    std::vector<int32_t> page, used;
+    uint64_t             n_hits     = 0;
+    uint64_t             n_page_ins = 0;
+
+    frame_oracle(int32_t n_frames) : page(n_frames, -1), used(n_frames, 0) {
+    }
+
+    void promote(int32_t step, const std::vector<int32_t> & promoted) {
+        std::vector<int32_t> missed;
+        for (const int32_t p : promoted) {
+            const auto found = std::find(page.begin(), page.end(), p);
+            if (found != page.end()) {
+                used[found - page.begin()] = step;
+            } else {
+                missed.push_back(p);
+            }
+        }
+        n_hits += promoted.size() - missed.size();
+
+        const auto age = [&](int32_t i) { return page[i] < 0 ? INT32_MAX : step - used[i]; };
+
+        std::vector<int32_t> oldest;
+        for (size_t i = 0; i < page.size(); ++i) {
+            if (age(i) > 0) {
+                oldest.push_back(i);
+            }
+        }
+        std::stable_sort(oldest.begin(), oldest.end(), [&](int32_t i, int32_t j) { return age(i) > age(j); });
+        oldest.resize(std::min({ oldest.size(), missed.size(), (size_t) MONARCH_FRAME_BATCH }));
+        std::sort(oldest.begin(), oldest.end());
+
+        for (size_t j = 0; j < oldest.size(); ++j) {
+            page[oldest[j]] = missed[j];
+            used[oldest[j]] = step;
+        }
+        n_page_ins += oldest.size();
+    }
+
+    void forget(int32_t p) {
+        std::replace(page.begin(), page.end(), p, -1);
     }
 };
 
@@ -60,6 +105,9 @@ struct comparison {
     int32_t n_pages   = 0;   // pages whose bytes differ
     int32_t n_orders  = 0;   // results that the order of threads changes
     int32_t n_guards  = 0;   // writes out of bounds
+    int32_t n_frames  = 0;   // differences in what frames hold
+    uint64_t n_page_ins = 0;
+    uint64_t n_hits     = 0;
     uint64_t n_promoted = 0;
 };
 
@@ -100,6 +148,39 @@ static void compare_states(const test_case & c, int64_t n_pages_max, world & wan
         res->n_state += memcmp(monarch_head_state_count(a, n_pages_max), monarch_head_state_count(b, n_pages_max), n_pages_max) != 0;
     }
     (void) c;
+}
+
+static std::vector<int32_t> promoted_pages(monarch_head_state * head) {
+    std::vector<int32_t> res;
+    for (int32_t i = 0; i < head->n_log; ++i) {
+        const monarch_log_entry entry = monarch_head_state_log(head)[i];
+        if (entry.flags & MONARCH_LOG_PROMOTED) {
+            res.push_back(entry.page);
+        }
+    }
+    return res;
+}
+
+// every copy is as the page is; with several sequences, which of them has its turn first decides who gets a frame
+static int32_t frames_compare(const monarch_op_params & op, int64_t n_pages_max, world & w, const std::vector<frame_oracle> & oracles, bool is_ordered) {
+    int32_t res = 0;
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        monarch_frame_head * head = (monarch_frame_head *) ((char *) w.frames.data() + monarch_frame_head_offset(n_pages_max, op.n_frames, h));
+
+        const frame_oracle & oracle = oracles[h];
+        const size_t         size   = monarch_codec_block_size(&op.codec);
+
+        for (int32_t i = 0; i < op.n_frames; ++i) {
+            const int32_t page = monarch_frame_head_page(head)[i];
+
+            res += is_ordered && page != oracle.page[i];
+            res += page >= 0 && monarch_frame_find(head, op.n_frames, page) != i;
+            res += page >= 0 && memcmp((uint8_t *) w.pool.data() + monarch_pool_offset(&op.codec, n_pages_max, h, page),
+                (uint8_t *) w.frames.data() + monarch_frame_offset(&op.codec, n_head_kv, n_pages_max, op.n_frames, h, i), size) != 0;
+        }
+        res += is_ordered && (head->n_hits != oracle.n_hits || head->n_page_ins != oracle.n_page_ins);
+    }
+    return res;
 }
 
 static test_tensor view_of(ggml_type type, size_t type_size, int64_t ne0, int64_t ne1, int64_t ne2, guarded & data) {
@@ -174,6 +255,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
     op.codec    = { c.head_dim, c.page_size, c.bits_k, c.bits_v, cc.residual_k };
     op.scorer   = c.scorer;
     op.kq_scale = 1.5f/sqrtf((float) c.head_dim);
+    op.n_frames = cc.n_frames;
 
     const ggml_type hot_type  = cc.hot_f32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
     const ggml_type mask_type = c.mask_f32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
@@ -181,6 +263,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
     const size_t block_size = monarch_codec_block_size(&op.codec);
     const size_t group_size = MONARCH_SUMMARY_GROUP*monarch_summary_size(c.head_dim);
     const size_t state_size = monarch_state_size(n_head_kv, n_pages_max);
+    const size_t frame_size = monarch_frames_size(&op.codec, n_head_kv, n_pages_max, cc.n_frames);
     const size_t n_dst      = c.head_dim*n_head_kv*c.n_gqa*c.n_tokens;
 
     test_tensor q    (GGML_TYPE_F32, 4, c.head_dim, n_head_kv*c.n_gqa, c.n_tokens);
@@ -206,13 +289,18 @@ static comparison cuda_case_run(const cuda_case & cc) {
 
     std::vector<world> worlds;
     for (int32_t i = 0; i < 4; ++i) {
-        worlds.emplace_back(block_size*n_pages_max*n_head_kv, group_size*n_pages_max/MONARCH_SUMMARY_GROUP*n_head_kv, state_size, n_dst*sizeof(float));
+        worlds.emplace_back(block_size*n_pages_max*n_head_kv, group_size*n_pages_max/MONARCH_SUMMARY_GROUP*n_head_kv, state_size, n_dst*sizeof(float), frame_size);
         memcpy(worlds[i].pool   .data(), pool   .data.data(), pool   .data.size());
         memcpy(worlds[i].summary.data(), summary.data.data(), summary.data.size());
 
         // as monarch_kv_cache makes it: only the heads of it are cleared; a page's past is cleared when it is written
         memset(worlds[i].state.data(), 0, worlds[i].state.size);
+        for (int64_t h = 0; h < n_head_kv; ++h) {
+            memset((char *) worlds[i].frames.data() + monarch_frame_head_offset(n_pages_max, cc.n_frames, h), 0, sizeof(monarch_frame_head));
+        }
     }
+
+    std::vector<frame_oracle> oracles(n_head_kv, frame_oracle(cc.n_frames));
 
     comparison res;
     for (int32_t step = 1; step <= cc.n_steps; ++step) {
@@ -253,12 +341,17 @@ static comparison cuda_case_run(const cuda_case & cc) {
             test_tensor dst          = view_of(GGML_TYPE_F32, 4, c.head_dim, n_head_kv*c.n_gqa, c.n_tokens, w.dst);
             test_tensor page_out     = view_of(GGML_TYPE_I8,  1, block_size, n_pages_max, n_head_kv, w.pool);
 
-            test_tensor * attend_src[]   = { &q, &k, &v, &mask, &pool_view, &summary_view, &state_view, &table };
-            test_tensor * page_out_src[] = { &pool_view, &k, &v, &summary_view, &state_view, &outs };
-            for (int32_t j = 0; j < 8; ++j) {
+            test_tensor frames = view_of(GGML_TYPE_I8, 1, frame_size, 1, 1, w.frames);
+
+            test_tensor * attend_src[]   = { &q, &k, &v, &mask, &pool_view, &summary_view, &state_view, &table, &frames };
+            test_tensor * page_out_src[] = { &pool_view, &k, &v, &summary_view, &state_view, &outs, &frames };
+
+            const bool has_frames = i > 0 && cc.n_frames > 0; // the plain path knows none
+
+            for (int32_t j = 0; j < 8 + has_frames; ++j) {
                 dst.tensor.src[j] = &attend_src[j]->tensor;
             }
-            for (int32_t j = 0; j < 6; ++j) {
+            for (int32_t j = 0; j < 6 + has_frames; ++j) {
                 page_out.tensor.src[j] = &page_out_src[j]->tensor;
             }
             op.kind = MONARCH_OP_ATTEND;
@@ -270,13 +363,26 @@ static comparison cuda_case_run(const cuda_case & cc) {
 
             if (i == 0) {
                 run_plain(&dst.tensor);
+                for (int64_t h = 0; h < n_head_kv && c.mode == MONARCH_MODE_PAGED; ++h) {
+                    oracles[h].promote(step, promoted_pages(monarch_state_head(w.state.data(), n_pages_max, h)));
+                }
                 run_plain(&page_out.tensor);
                 continue;
             }
             cuda_emulation_order = i - 1;
             res.n_guards += !run_emulated(&dst.tensor, cc.n_sm);
+            res.n_frames += frames_compare(op, n_pages_max, w, oracles, cc.n_runs == 1);
             res.n_guards += !run_emulated(&page_out.tensor, cc.n_sm);
             res.n_guards += !w.is_whole();
+        }
+
+        for (int32_t i = 0; i < 2; ++i) {
+            for (auto & oracle : oracles) {
+                oracle.forget(((const int32_t *) outs.tensor.data)[1 + i*(2 + c.page_size)]);
+            }
+        }
+        for (int32_t i = 1; i < 4; ++i) {
+            res.n_frames += frames_compare(op, n_pages_max, worlds[i], oracles, cc.n_runs == 1);
         }
 
         const double error = nmse((const float *) worlds[1].dst.data(), (const float *) worlds[0].dst.data(), n_dst);
@@ -289,9 +395,13 @@ static comparison cuda_case_run(const cuda_case & cc) {
         res.n_pages += memcmp(worlds[0].summary.data(), worlds[1].summary.data(), worlds[0].summary.size) != 0;
 
         for (int32_t i = 2; i < 4; ++i) {
-            res.n_orders += worlds[i].dst.bytes != worlds[1].dst.bytes || worlds[i].state.bytes != worlds[1].state.bytes;
+            res.n_orders += worlds[i].dst.bytes != worlds[1].dst.bytes || worlds[i].state.bytes != worlds[1].state.bytes || worlds[i].frames.bytes != worlds[1].frames.bytes;
             res.n_orders += worlds[i].pool.bytes != worlds[1].pool.bytes || worlds[i].summary.bytes != worlds[1].summary.bytes;
         }
+    }
+    for (const auto & oracle : oracles) {
+        res.n_page_ins += oracle.n_page_ins;
+        res.n_hits     += oracle.n_hits;
     }
     return res;
 }
@@ -301,8 +411,8 @@ int main() {
     while (cuda_case_read(&c)) {
         const comparison res = cuda_case_run(c);
 
-        printf("%g %g %d %d %d %d %d %d %llu %llu\n", res.nmse, res.mass, res.n_logged, res.n_dropped, res.n_state, res.n_pages, res.n_orders, res.n_guards,
-                (unsigned long long) res.n_promoted, (unsigned long long) cuda_emulation_launches);
+        printf("%g %g %d %d %d %d %d %d %d %llu %llu %llu %llu\n", res.nmse, res.mass, res.n_logged, res.n_dropped, res.n_state, res.n_pages, res.n_orders, res.n_guards,
+                res.n_frames, (unsigned long long) res.n_page_ins, (unsigned long long) res.n_hits, (unsigned long long) res.n_promoted, (unsigned long long) cuda_emulation_launches);
         fflush(stdout);
     }
     return 0;

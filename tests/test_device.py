@@ -1,4 +1,5 @@
-"""The cache in memory that the host cannot reach: a server of the same library on this machine is the device."""
+"""The cache on a device: a server of the same library on this machine, whose memory the host cannot reach, and one that
+runs the CUDA kernels in their emulation."""
 
 import socket
 import subprocess
@@ -6,30 +7,57 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from child import TESTS, environment
+from child import TESTS, environment, run_child_json
+from emulated_device import build_emulated_device
 from logits import Result, nmse, random_tokens, run_cases
 
 from models import write_random_model
+from monarch_llamacpp.recall import write_recall_model
 
 ALL, LAST = 99, 2  # layers on the device: of two and the output, all or the last two
-PAGED = {"MONARCH_MODE": "paged", "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": "64"}
+PAGED = {
+    "MONARCH_MODE": "paged",
+    "MONARCH_HOT_WINDOW": "32",
+    "MONARCH_PROMOTE_TOKENS": "64",
+    "MONARCH_KERNEL": "plain",
+}
 ONE_BY_ONE = [["decode", 1]] * 20
 
 
+class Device(NamedTuple):
+    env: dict[str, str]  # of processes that are to have it
+    name: str  # of its memory
+    tolerance: float  # of logits, against the host's plain path
+    same_bytes: bool  # that it saves
+
+
+@pytest.fixture(scope="module", params=["rpc", "emulated"])
+def device(request: pytest.FixtureRequest) -> Device:
+    return request.getfixturevalue(f"{request.param}_device")
+
+
 @pytest.fixture(scope="module")
-def endpoint(patched_bin: Path) -> Iterator[str]:
+def emulated_device(patched_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Device:
+    library = build_emulated_device(patched_bin, tmp_path_factory.mktemp("emulated"))
+    return Device({"EMULATED_DEVICE": str(library)}, "Emulated", 1e-6, False)
+
+
+@pytest.fixture(scope="module")
+def rpc_device(patched_bin: Path) -> Iterator[Device]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = probe.getsockname()
     endpoint = f"{address[0]}:{address[1]}"
     command = [sys.executable, str(TESTS / "child_rpc_server.py"), endpoint]
-    with subprocess.Popen(command, env=environment(patched_bin, {}), stdout=subprocess.DEVNULL) as server:
+    env = environment(patched_bin, {"MONARCH_KERNEL": "plain"})
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as server:
         try:
             wait_for(address, server)
-            yield endpoint
+            yield Device({"RPC_ENDPOINT": endpoint}, f"RPC0[{endpoint}]", 1e-9, True)
         finally:
             server.kill()
 
@@ -53,80 +81,130 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return {"model": str(model), "n_ctx": 1024, "n_ubatch": 64, "env": PAGED, "tokens": random_tokens(500)}
 
 
-def run_on(endpoint: str, patched_bin: Path, folder: Path, cases: list[dict]) -> list[Result]:
-    return run_cases(patched_bin, folder, cases, env={"RPC_ENDPOINT": endpoint})
+@pytest.fixture(scope="module")
+def recall_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tmp_path_factory.mktemp("recall") / "recall.gguf"
+    write_recall_model(model)
+    return model
 
 
-def device(endpoint: str) -> str:
-    return f"RPC0[{endpoint}]"
+def run_on(device: Device, patched_bin: Path, folder: Path, cases: list[dict]) -> list[Result]:
+    return run_cases(patched_bin, folder, [{"n_gpu_layers": ALL} | case for case in cases], env=device.env)
 
 
-def check_equal(got: Result, want: Result) -> None:
-    assert nmse(got.logits, want.logits) <= 1e-9
+def check_equal(got: Result, want: Result, tolerance: float) -> None:
+    assert nmse(got.logits, want.logits) <= tolerance
     assert np.array_equal(got.logits.argmax(1), want.logits.argmax(1))
     assert got.info["stats"] == want.info["stats"]
     assert got.info["status"] == want.info["status"]
 
 
+def all_steps(file: Path) -> list[list]:
+    """Prompt, tokens, cut pages, a state saved, something else, the state restored."""
+    steps = [["decode", 300], *ONE_BY_ONE, ["rm", 100, 120], ["rm", 250], *ONE_BY_ONE, ["save", str(file)]]
+    return [*steps, ["clear"], ["decode", 110], *ONE_BY_ONE, ["clear"], ["load", str(file), -1], *ONE_BY_ONE]
+
+
 @pytest.mark.parametrize("mode", ["paged", "exact", "window"])
 @pytest.mark.parametrize("n_gpu_layers", [ALL, LAST])
 def test_a_device_decodes_as_the_host_does(
-    patched_bin: Path, tmp_path: Path, endpoint: str, case: dict, mode: str, n_gpu_layers: int
+    patched_bin: Path, tmp_path: Path, device: Device, case: dict, mode: str, n_gpu_layers: int
 ) -> None:
-    """Prompt, tokens, cut pages, a state saved and restored."""
-    file = str(tmp_path / "state")
-    steps = [["decode", 300], *ONE_BY_ONE, ["rm", 100, 120], ["rm", 250], *ONE_BY_ONE, ["save", file]]
-    steps += [["clear"], ["load", file, -1], *ONE_BY_ONE]
-    case = case | {"env": PAGED | {"MONARCH_MODE": mode}, "steps": steps}
+    case = case | {"env": PAGED | {"MONARCH_MODE": mode}, "steps": all_steps(tmp_path / "state")}
     (want,) = run_cases(patched_bin, tmp_path, [case])
-    (got,) = run_on(endpoint, patched_bin, tmp_path, [case | {"n_gpu_layers": n_gpu_layers}])
+    (got,) = run_on(device, patched_bin, tmp_path, [case | {"n_gpu_layers": n_gpu_layers}])
     assert want.info["stores"] == ["CPU"]
-    assert sorted(got.info["stores"]) == (["CPU"] if n_gpu_layers == LAST else []) + [device(endpoint)]
-    check_equal(got, want)
+    assert sorted(got.info["stores"]) == (["CPU"] if n_gpu_layers == LAST else []) + [device.name]
+    check_equal(got, want, device.tolerance)
 
 
-def test_states_move_between_host_and_device(patched_bin: Path, tmp_path: Path, endpoint: str, case: dict) -> None:
+def test_states_move_between_host_and_device(patched_bin: Path, tmp_path: Path, device: Device, case: dict) -> None:
     files = [str(tmp_path / name) for name in ("host", "device")]
     save = [case | {"steps": [["decode", 300], *ONE_BY_ONE, ["save", file]]} for file in files]
     rest = case | {"tokens": case["tokens"][320:]}
     load = [rest | {"steps": [["load", file, -1], *ONE_BY_ONE]} for file in files]
     run_cases(patched_bin, tmp_path, save[:1])
-    run_on(endpoint, patched_bin, tmp_path, [save[1] | {"n_gpu_layers": ALL}])
-    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
-    (want,) = run_cases(patched_bin, tmp_path, load[1:])
-    (got,) = run_on(endpoint, patched_bin, tmp_path, [load[0] | {"n_gpu_layers": ALL}])
-    assert got.info["stores"] == [device(endpoint)]
-    check_equal(got, want)
+    run_on(device, patched_bin, tmp_path, save[1:])
+    assert not device.same_bytes or Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+    for step in load:
+        (want,) = run_cases(patched_bin, tmp_path, [step])
+        (got,) = run_on(device, patched_bin, tmp_path, [step])
+        assert got.info["stores"] == [device.name]
+        check_equal(got, want, device.tolerance)
 
 
 def test_stock_states_are_paged_out_onto_the_device(
-    patched_bin: Path, stock_bin: Path, tmp_path: Path, endpoint: str, case: dict
+    patched_bin: Path, stock_bin: Path, tmp_path: Path, device: Device, case: dict
 ) -> None:
     file = str(tmp_path / "stock")
     run_cases(stock_bin, tmp_path, [case | {"env": {}, "steps": [["decode", 300], ["save", file]]}])
     case = case | {"tokens": case["tokens"][300:], "steps": [["load", file, -1], *ONE_BY_ONE]}
     (want,) = run_cases(patched_bin, tmp_path, [case])
-    (got,) = run_on(endpoint, patched_bin, tmp_path, [case | {"n_gpu_layers": ALL}])
-    check_equal(got, want)
+    (got,) = run_on(device, patched_bin, tmp_path, [case])
+    check_equal(got, want, device.tolerance)
 
 
 def test_a_cold_tier_of_device_is_where_the_layers_are(
-    patched_bin: Path, tmp_path: Path, endpoint: str, case: dict
+    patched_bin: Path, tmp_path: Path, device: Device, case: dict
 ) -> None:
-    case = case | {"env": PAGED | {"MONARCH_COLD_TIER": "device"}, "steps": [["decode", 200]], "n_gpu_layers": ALL}
+    case = case | {"env": PAGED | {"MONARCH_COLD_TIER": "device"}, "steps": [["decode", 200]]}
     (host,) = run_cases(patched_bin, tmp_path, [case])
-    (far,) = run_on(endpoint, patched_bin, tmp_path, [case])
-    assert (host.info["stores"], far.info["stores"]) == (["CPU"], [device(endpoint)])
+    (far,) = run_on(device, patched_bin, tmp_path, [case])
+    assert (host.info["stores"], far.info["stores"]) == (["CPU"], [device.name])
+
+
+def test_the_cache_stays_on_the_host_if_asked(patched_bin: Path, tmp_path: Path, device: Device, case: dict) -> None:
+    case = case | {"offload_kqv": False, "steps": [["decode", 300], *ONE_BY_ONE]}
+    (want,) = run_cases(patched_bin, tmp_path, [case])
+    (got,) = run_on(device, patched_bin, tmp_path, [case])
+    assert got.info["stores"] == ["CPU"]
+    check_equal(got, want, 1e-9)
+
+
+def test_a_device_that_does_not_reach_the_host_leaves_the_cache_there(
+    patched_bin: Path, tmp_path: Path, rpc_device: Device, case: dict
+) -> None:
+    case = case | {"env": PAGED | {"MONARCH_COLD_TIER": "ram"}, "steps": [["decode", 300], *ONE_BY_ONE]}
+    (want,) = run_cases(patched_bin, tmp_path, [case])
+    (got,) = run_on(rpc_device, patched_bin, tmp_path, [case])
+    assert got.info["stores"] == ["CPU"]
+    check_equal(got, want, 1e-9)
+
+
+@pytest.mark.parametrize(("mode", "cold_tier"), [("paged", "device"), ("paged", "ram"), ("exact", "device")])
+def test_every_needle_is_recalled(
+    patched_bin: Path, recall_model: Path, emulated_device: Device, mode: str, cold_tier: str
+) -> None:
+    """The constructed recall model, of which the CPU answers all questions, through the CUDA kernels."""
+    env = PAGED | {"MONARCH_MODE": mode, "MONARCH_COLD_TIER": cold_tier, "MONARCH_PROMOTE_TOKENS": "128"}
+    args = [recall_model, "--tokens", 2048]
+    report = run_child_json(patched_bin, "child_recall.py", args, env=env | emulated_device.env)
+    assert len(report["needles"]) == 10
+    assert [needle["key"] for needle in report["needles"] if not needle["correct"]] == []
+    assert report["stats"]["n_cold"] > 0.9 * 2048
+    assert (report["stats"]["n_frame_hits"] > 0) == (cold_tier == "ram")
 
 
 @pytest.mark.parametrize(
-    "kept", [{"env": PAGED | {"MONARCH_COLD_TIER": "ram"}}, {"offload_kqv": False}], ids=["cold_tier", "offload_kqv"]
+    ("mode", "n_gpu_layers", "frames"), [("paged", ALL, 0), ("paged", ALL, 1), ("paged", LAST, 5), ("exact", ALL, 0)]
 )
-def test_the_cache_stays_on_the_host_if_asked(
-    patched_bin: Path, tmp_path: Path, endpoint: str, case: dict, kept: dict
+def test_pages_in_host_memory_are_the_same_pages(
+    patched_bin: Path, tmp_path: Path, emulated_device: Device, case: dict, mode: str, n_gpu_layers: int, frames: int
 ) -> None:
-    case = case | kept | {"steps": [["decode", 300], *ONE_BY_ONE]}
-    (want,) = run_cases(patched_bin, tmp_path, [case])
-    (got,) = run_on(endpoint, patched_bin, tmp_path, [case | {"n_gpu_layers": ALL}])
-    assert got.info["stores"] == ["CPU"]
-    check_equal(got, want)
+    """A frame's copy or the page itself: the same bytes, so the same logits to the last bit."""
+    env = PAGED | {"MONARCH_MODE": mode}
+    far = env | {"MONARCH_COLD_TIER": "ram", "MONARCH_FRAMES": str(frames)}
+    case = case | {"n_gpu_layers": n_gpu_layers, "hooks": True}
+    (want, got) = run_on(emulated_device, patched_bin, tmp_path, [
+        case | {"env": knobs, "steps": all_steps(tmp_path / f"state{i}")} for i, knobs in enumerate([env, far])
+    ])
+    assert {"Emulated", "Emulated_Mapped"} <= set(got.info["stores"])
+    assert np.array_equal(got.logits, want.logits)
+    moved = ("n_page_ins", "n_frame_hits")
+    assert [{**result.info["stats"], **dict.fromkeys(moved)} for result in (got, want)] == 2 * [
+        {**want.info["stats"], **dict.fromkeys(moved)}
+    ]
+    counts = [got.info["stats"][name] for name in moved]
+    assert all(count > 0 for count in counts) if mode == "paged" else counts == [0, 0]
+    assert got.info["n_page_in_events"] == counts[0]
+    assert [want.info["stats"][name] for name in moved] == [0, 0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from emulated_device import EMULATION_FLAGS
 from native_kernels import EXACT, PAGED, WINDOW, build, upstream_dir
 
 from monarch_llamacpp import builder_cuda, builder_source, paths
@@ -22,15 +23,11 @@ HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 
 FLAGS = (
-    f"-I{Path(__file__).parent}",
-    "-ffp-contract=off",  # as with nvcc: nothing is fused that the plain path does not fuse
-    "-U_FORTIFY_SOURCE",  # longjmp from fibre to fibre is not what glibc's check expects
+    *EMULATION_FLAGS,
     "-DMONARCH_SCRATCH_MAX=280000u",  # little, so that many queries take several launches
-    "-DMONARCH_ALIGNED_LOADS",  # as on a device, and whatever is not aligned ends the program
+    # whatever is not aligned ends the program
     "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fsanitize-undefined-trap-on-error",
-    "-fno-strict-aliasing",
-    "-Wno-unused-function",
 )
 
 
@@ -56,6 +53,7 @@ class Case(NamedTuple):
     hot_f32: int = 0
     q_zero: int = 0
     n_runs: int = 1  # of tokens of one sequence; more than one share the pages
+    n_frames: int = 0
 
 
 class Result(NamedTuple):
@@ -67,6 +65,9 @@ class Result(NamedTuple):
     n_pages: int  # steps whose page-outs differ in a byte
     n_orders: int  # steps that the order of threads changes
     n_guards: int  # writes out of bounds
+    n_frames: int  # differences in what frames hold
+    n_page_ins: int
+    n_hits: int
     n_promoted: int
     n_launches: int  # of all cases so far
 
@@ -96,7 +97,7 @@ def check(program: Path, cases: list[Case]) -> list[Result]:
     for case, result in zip(cases, results, strict=True):
         assert result.nmse <= 1e-10, (case, result)
         assert result.mass <= 1e-5, (case, result)
-        assert result[4:8] == (0, 0, 0, 0), (case, result)
+        assert result[4:9] == (0, 0, 0, 0, 0), (case, result)
     return results
 
 
@@ -176,6 +177,22 @@ def test_several_sequences_that_share_pages(emulation: Path) -> None:
         for mode in (PAGED, EXACT, WINDOW)
         for n_tokens, n_runs, n_gqa in [(2, 2, 4), (5, 3, 16), (4, 4, 1)]
     ])
+
+
+def test_frames_hold_what_was_promoted_last(emulation: Path) -> None:
+    """One frame, or more than pages; more pages missing than a step copies; pages written again; other codecs."""
+    base = Case(64, mode=PAGED, n_pages=37, n_promote=6, n_steps=12, sticky_threshold=2)
+    few, many = check(emulation, [base._replace(n_frames=n) for n in (1, 60)])
+    assert few.n_page_ins > 2 and many.n_page_ins > 12
+    assert 0 < few.n_hits < many.n_hits
+    check(emulation, [base._replace(n_frames=n, n_promote=30) for n in (7, 20, 33)])
+    check(emulation, [
+        base._replace(n_frames=8, head_dim=head_dim, page_size=page_size, bits_k=bits_k, residual_k=residual_k)
+        for head_dim, page_size, bits_k, residual_k in [(80, 8, 3, 0), (96, 32, 4, 1), (128, 16, 2, 1)]
+    ])
+    shared = base._replace(n_frames=9, n_pages=9, n_promote=5, n_tokens=5, n_runs=3)
+    [nothing] = check(emulation, [shared, shared._replace(mode=EXACT)])[1:]
+    assert nothing.n_page_ins == nothing.n_hits == 0
 
 
 def test_threshold_and_budget(emulation: Path) -> None:
