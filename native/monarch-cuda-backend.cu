@@ -2,6 +2,8 @@
 
 #include "monarch-cuda.h"
 
+#include "ggml-backend-impl.h"
+
 void ggml_cuda_monarch(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const int32_t n_sm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
 

@@ -229,7 +229,6 @@ def test_nvcc_compiles_the_kernels(architecture: str, tmp_path: Path) -> None:
     assert len(spills) >= 10 and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["monarch-cuda-backend.cu", "ggml-cuda.cu"])
 def test_nvcc_compiles_what_calls_the_kernels(name: str, tmp_path: Path) -> None:
     """The patched dispatch of ggml-cuda; all of ggml-cuda would take an hour."""
