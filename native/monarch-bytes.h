@@ -19,6 +19,8 @@ public:
     monarch_bytes(const monarch_bytes &) = delete;
     monarch_bytes & operator=(const monarch_bytes &) = delete;
 
+    monarch_bytes(monarch_bytes &&) = default; // leaves no copy behind
+
     ~monarch_bytes() {
         if (is_changed && !copy.empty()) {
             ggml_backend_tensor_set(tensor, copy.data(), offset, copy.size());

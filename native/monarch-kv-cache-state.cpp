@@ -34,6 +34,9 @@
 static const uint32_t MONARCH_STATE_MAGIC   = 0x4348434d; // "MCHC"; a stock state starts with its number of streams
 static const uint32_t MONARCH_STATE_VERSION = 2;
 
+// pages of a KV head that are written together at most
+static const int32_t MONARCH_STATE_PAGES = 32;
+
 struct monarch_state_header {
     uint32_t magic;
     uint32_t version;
@@ -193,10 +196,8 @@ void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, l
         return;
     }
 
-    paged_write_hot(io, state);
-    for (const int32_t phys : state.phys) {
-        paged_write_page(io, phys);
-    }
+    paged_write_hot   (io, state);
+    paged_write_cold  (io, state);
     paged_write_sticky(io, state);
 }
 
@@ -204,11 +205,13 @@ void monarch_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, l
 static uint32_t monarch_state_write_rows(llama_io_write_i & io, ggml_tensor * ring, const std::vector<uint32_t> & slots, uint32_t crc) {
     const size_t size = ggml_row_size(ring->type, ring->ne[0]);
 
-    for (const uint32_t slot : slots) {
-        auto row = monarch_bytes::read(ring, slot*ring->nb[1], size);
+    auto rows = monarch_bytes::read(ring);
 
-        io.write(row.data(), size);
-        crc = monarch_crc(crc, row.data(), size);
+    for (const uint32_t slot : slots) {
+        const uint8_t * row = rows.data() + slot*ring->nb[1];
+
+        io.write(row, size);
+        crc = monarch_crc(crc, row, size);
     }
     return crc;
 }
@@ -222,22 +225,53 @@ void monarch_kv_cache::paged_write_hot(llama_io_write_i & io, const monarch_page
     io.write(&crc, sizeof(crc));
 }
 
-void monarch_kv_cache::paged_write_page(llama_io_write_i & io, int32_t phys) const {
+// Page by page, as the file has them. Neighbours in the pool come together: a device gives few large pieces faster than many
+// small ones.
+void monarch_kv_cache::paged_write_cold(llama_io_write_i & io, const monarch_paged_state & state) const {
+    const auto & phys = state.phys;
+
+    size_t i0 = 0;
+    while (i0 < phys.size()) {
+        int32_t lo = phys[i0];
+        int32_t hi = phys[i0];
+
+        size_t i1 = i0 + 1;
+        while (i1 < phys.size() && std::max(hi, phys[i1]) - std::min(lo, phys[i1]) < MONARCH_STATE_PAGES) {
+            lo = std::min(lo, phys[i1]);
+            hi = std::max(hi, phys[i1]);
+            ++i1;
+        }
+
+        paged_write_pages(io, &phys[i0], i1 - i0, lo, hi);
+        i0 = i1;
+    }
+}
+
+// n pages, all of them in [lo, hi]
+void monarch_kv_cache::paged_write_pages(llama_io_write_i & io, const int32_t * phys, size_t n, int32_t lo, int32_t hi) const {
     const monarch_codec codec = get_op_params(0, 0.0f).codec;
     const size_t        size  = monarch_codec_block_size(&codec);
 
-    uint32_t crc = 0;
+    std::vector<monarch_bytes> blocks;
+    blocks.reserve(cold_layers.size()*n_head_kv);
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            auto block = monarch_bytes::read(cold.pool, monarch_pool_offset(&codec, n_pages_max, h, phys), size);
-
-            io.write(block.data(), size);
-            crc = monarch_crc(crc, block.data(), size);
+            blocks.push_back(monarch_bytes::read(cold.pool, monarch_pool_offset(&codec, n_pages_max, h, lo), (hi - lo + 1)*size));
         }
     }
 
-    io.write(&crc, sizeof(crc));
+    for (size_t i = 0; i < n; ++i) {
+        uint32_t crc = 0;
+
+        for (auto & block : blocks) {
+            const uint8_t * data = block.data() + (phys[i] - lo)*size;
+
+            io.write(data, size);
+            crc = monarch_crc(crc, data, size);
+        }
+        io.write(&crc, sizeof(crc));
+    }
 }
 
 // as the next step will find it: the last step's promotions are counted

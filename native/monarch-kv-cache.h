@@ -191,7 +191,8 @@ private:
     monarch_paged_state paged_describe(llama_seq_id seq_id) const;
 
     void     paged_write_hot   (llama_io_write_i & io, const monarch_paged_state & state) const;
-    void     paged_write_page  (llama_io_write_i & io, int32_t phys) const;
+    void     paged_write_cold  (llama_io_write_i & io, const monarch_paged_state & state) const;
+    void     paged_write_pages (llama_io_write_i & io, const int32_t * phys, size_t n, int32_t lo, int32_t hi) const;
     void     paged_write_sticky(llama_io_write_i & io, const monarch_paged_state & state) const;
     void     paged_read        (llama_io_read_i & io, llama_seq_id seq_id);
     void     paged_place       (monarch_paged_state & state, llama_seq_id seq_id);

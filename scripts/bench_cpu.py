@@ -35,6 +35,7 @@ class Arm:
     kv_type: str = "f16"
     flash_attn: bool = True
     mode: str = "off"
+    cold_tier: str = "auto"
 
 
 STOCK = [

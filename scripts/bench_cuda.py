@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decode at depth on a GPU: paged and exact against the best of stock llama.cpp.
+"""Decode at depth on a GPU: paged and exact against the best of stock llama.cpp, cold pages on the device or in RAM.
 
     python scripts/bench_cuda.py [--shapes tinyllama,8b] [--depths 8192,32768,131072] [--json FILE]
 
@@ -28,7 +28,8 @@ from monarch_llamacpp import info  # noqa: E402
 
 ALL_LAYERS = 999
 STOCK = [Arm(f"stock {kind} -fa 1", kv_type=kind) for kind in ("f16", "q8_0", "q4_0")]
-PATCHED = [Arm(mode, patched=True, mode=mode) for mode in ("exact", "paged")]
+PATCHED = [Arm(mode, patched=True, mode=mode, cold_tier="device") for mode in ("exact", "paged")]
+PATCHED += [Arm("paged ram", patched=True, mode="paged", cold_tier="ram")]
 CHECK_DEPTH, CHECK_TOKENS = 4096, 16
 NMSE_MAX = 1e-4
 
@@ -41,7 +42,10 @@ def run(
         "type": arm.kv_type, "flash_attn": arm.flash_attn, "v_trans": False, "fill": "state",
         "n_threads": os.cpu_count(), "n_gpu_layers": n_gpu_layers, "logits": str(logits) if logits else None,
     }  # fmt: skip
-    return run_child(arm, config, {"MONARCH_COLD_TIER": "device"})  # refused where it would be the CPU's
+    row = run_child(arm, config, {"MONARCH_COLD_TIER": arm.cold_tier})  # device: refused where it would be the CPU's
+    if arm.cold_tier == "ram" and n_gpu_layers and not row["stats"]["frame_bytes"]:
+        raise SystemExit(f"{arm.name} has no frames: the CPU attended its pages")
+    return row
 
 
 def difference(arm: Arm, model: Path, folder: Path) -> float:
@@ -76,8 +80,16 @@ def report(depth: int, rows: dict[str, list[dict[str, Any]]], best_at_0: float) 
             line += f"  added {time - best_at_0:6.2f} ms, of stock's removed {removed:5.2f}"
         device_bytes = rows[name][0]["device_bytes"]
         share = device_bytes / max(stock_bytes, 1)
-        print(f"{line}  context on the device {device_bytes / 2**20:6.0f} MiB, {share:5.2f} x stock f16")
+        line += f"  context on the device {device_bytes / 2**20:6.0f} MiB, {share:5.2f} x stock f16"
+        print(line + frames_text(rows[name][0].get("stats") or {}))
     return best
+
+
+def frames_text(stats: dict[str, Any]) -> str:
+    """How often a promoted page was in a frame."""
+    if not stats.get("frame_bytes") or not stats["n_promotions"]:
+        return ""
+    return f", {stats['n_frame_hits'] / stats['n_promotions']:.0%} of promoted pages in frames"
 
 
 def main() -> None:
