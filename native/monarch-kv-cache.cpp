@@ -193,7 +193,7 @@ monarch_kv_cache::monarch_kv_cache(
 }
 
 // frames that a layer has: a few times what a step promotes
-int32_t monarch_kv_cache::n_frames_of(int32_t il) const {
+int32_t monarch_kv_cache::n_frames(int32_t il) const {
     const int32_t n_tokens = il < knobs.dense_layers ? std::max(knobs.dense_tokens, knobs.promote_tokens) : knobs.promote_tokens;
     const int32_t n_frames = knobs.frames > 0 ? knobs.frames : MONARCH_FRAMES_PER_PROMOTED*(n_tokens/knobs.page_size);
 
@@ -238,7 +238,7 @@ void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place
             ggml_new_tensor_3d(ctx, GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
             ggml_new_tensor_1d(ctx, GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
             nullptr,
-            buft != pool_buft ? n_frames_of(layer.il) : 0,
+            buft != pool_buft ? n_frames(layer.il) : 0,
         };
 
         ggml_format_name(cold.pool,    "cold_pool_l%d",    layer.il);
@@ -252,6 +252,8 @@ void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place
 
         cold_layers.push_back(cold);
     }
+
+    LLAMA_LOG_INFO("%s: hot ring of %u tokens, room for %u cold pages of %d tokens\n", __func__, get_size(), n_pages_max, knobs.page_size);
 
     for (auto & cold : cold_bufs) {
         alloc_cold_buf(cold);
@@ -273,8 +275,8 @@ void monarch_kv_cache::alloc_cold_buf(cold_buf & cold) {
                 ggml_backend_buft_name(cold.buft) + ": use a smaller n_ctx");
     }
 
-    LLAMA_LOG_INFO("%s: %10s: hot ring of %u tokens, room for %u cold pages of %d tokens, %.2f MiB when full\n", __func__,
-            ggml_backend_buft_name(cold.buft), get_size(), n_pages_max, knobs.page_size, ggml_backend_buffer_get_size(cold.buf.get())/1024.0/1024.0);
+    LLAMA_LOG_INFO("%s: %10s cold store = %8.2f MiB when full\n", __func__,
+            ggml_backend_buft_name(cold.buft), ggml_backend_buffer_get_size(cold.buf.get())/1024.0/1024.0);
 }
 
 void monarch_kv_cache::clear_states() {

@@ -203,7 +203,7 @@ private:
     size_t   paged_page_size  ()           const;
     size_t   paged_sticky_size(uint32_t n) const;
 
-    int32_t  n_frames_of(int32_t il) const;
+    int32_t  n_frames(int32_t il) const; // that a layer gets where tiers differ
 
     uint32_t n_page_outs_max() const { return n_seqs()*(n_ubatch/knobs.page_size + 2); } // of one step
 

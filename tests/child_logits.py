@@ -51,7 +51,7 @@ class Stores:
     def add(self, _level: int, text: bytes, _data: object) -> None:
         line = text.decode(errors="replace")
         sys.stderr.write(line)
-        if found := re.match(r"alloc_cold_buf: +(\S+): hot ring", line):
+        if found := re.match(r"alloc_cold_buf: +(\S+) cold store", line):
             self.names.append(found[1])
 
 
