@@ -144,7 +144,7 @@ static uint32_t monarch_n_slots(const monarch_knobs & knobs, const llama_cparams
 static uint32_t monarch_n_pages_max(uint32_t n_ctx, uint32_t page_size) {
     const uint32_t n_pages = (n_ctx + page_size - 1)/page_size;
 
-    return GGML_PAD(n_pages + n_pages/16 + 16, MONARCH_SUMMARY_GROUP);
+    return GGML_PAD(n_pages + n_pages/32 + 16, MONARCH_SUMMARY_GROUP);
 }
 
 // tells models apart that have the same shape

@@ -41,18 +41,18 @@ class Aborter:
 
 
 class Stores:
-    """Where the log says that cold pages lie."""
+    """Where the log says that the cold store lies, and how many MiB of it."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.sizes: dict[str, float] = {}
         self.callback = llama_cpp.llama_log_callback(self.add)
         llama_cpp.llama_log_set(self.callback, None)
 
     def add(self, _level: int, text: bytes, _data: object) -> None:
         line = text.decode(errors="replace")
         sys.stderr.write(line)
-        if found := re.match(r"alloc_cold_buf: +(\S+) cold store", line):
-            self.names.append(found[1])
+        if found := re.match(r"alloc_cold_buf: +(\S+) cold store = +(\S+) MiB", line):
+            self.sizes[found[1]] = float(found[2])
 
 
 class Hooks(ctypes.Structure):
@@ -175,7 +175,7 @@ def stats(ctx: Context) -> dict:
     lib.monarch_get_stats.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     if lib.monarch_get_stats(ctx.ctx, buffer) != 0:
         return {}
-    names = "n_tokens n_hot n_cold n_pages n_page_outs n_page_ins n_promotions n_promoted n_sticky n_scored"
+    names = "n_tokens n_hot n_cold n_pages n_page_outs n_page_ins n_promotions n_promoted n_sticky n_scored hot_bytes"
     return dict(zip(names.split(), list(buffer)[2:], strict=False)) | {"n_frame_hits": buffer[21]}
 
 
@@ -228,9 +228,9 @@ def main() -> None:
     cases = json.load(sys.stdin)
     arrays = {}
     for i, case in enumerate(cases):
-        stores.names.clear()
+        stores.sizes.clear()
         logits, info = run(case)
-        info["stores"] = stores.names
+        info["stores"] = stores.sizes
         arrays[f"logits{i}"] = logits
         arrays[f"info{i}"] = np.array(json.dumps(info))
     np.savez(sys.argv[1], **arrays)

@@ -9,9 +9,15 @@
 
 #include <vector>
 
+// stock has no such op
+#pragma weak ggml_monarch_get_store
+
 static const size_t  ALIGNMENT = 256;
 static const size_t  GUARD     = 4096;
 static const int32_t N_SM      = 3;
+static const size_t  N_BYTES   = (size_t) 1 << 40; // of memory
+
+static size_t n_bytes_taken = 0;
 
 //
 // memory: of the device, and of the host where the device reaches it
@@ -22,6 +28,9 @@ static void * buffer_get_base(ggml_backend_buffer_t buffer) {
 }
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
+    if (!ggml_backend_buffer_is_host(buffer)) {
+        n_bytes_taken -= buffer->size;
+    }
     free(buffer->context);
 }
 
@@ -74,6 +83,9 @@ static ggml_backend_buffer_t buft_alloc_buffer(ggml_backend_buffer_type_t buft, 
     }
     memset(data, 0xff, size);
 
+    if (!ggml_backend_buft_is_host(buft)) {
+        n_bytes_taken += size;
+    }
     return ggml_backend_buffer_init(buft, iface, data, size);
 }
 
@@ -149,7 +161,8 @@ static const char * device_get_name(ggml_backend_dev_t) {
 }
 
 static void device_get_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
-    *free = *total = (size_t) 1 << 40;
+    *free  = N_BYTES - n_bytes_taken;
+    *total = N_BYTES;
 }
 
 static enum ggml_backend_dev_type device_get_type(ggml_backend_dev_t) {

@@ -1,12 +1,11 @@
 """A broken arm shows in the quality rows: wrong tables, lost values, pages chosen blindly, wrong positions."""
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import sabotage_build
+from arms import ArmWith, python_path
 from child import TESTS
 
 from monarch_llamacpp.ab_arms import Arm, stock_arm
@@ -25,14 +24,6 @@ KNOBS = Knobs(hot_window=64, promote_tokens=128, dense_layers=0)
 needs_known_code = pytest.mark.skipif(
     not sabotage_build.MACHINE_IS_KNOWN, reason="knows the machine code of x86-64 and aarch64 only"
 )
-
-
-@dataclass(frozen=True)
-class BrokenArm(Arm):
-    extra: tuple[tuple[str, str], ...] = field(default=())
-
-    def environment(self) -> dict[str, str]:
-        return super().environment() | dict(self.extra)
 
 
 def measure(arm: Arm) -> Quality:
@@ -78,11 +69,10 @@ def check_is_caught(broken: Quality, intact: Quality, mode: str, factor: float) 
 def test_broken_code_is_caught(intact, patched_bin, tmp_path, mode, spoil, what, factor):
     spoil(sabotage_build.copy_build(patched_bin, tmp_path), what)
     bin_dir = tmp_path / patched_bin.parent.name / "bin"
-    arm = BrokenArm("broken", bin_dir, KNOBS.replace(mode=mode), extra=(("MONARCH_CACHE", str(tmp_path)),))
+    arm = ArmWith("broken", bin_dir, KNOBS.replace(mode=mode), extra=(("MONARCH_CACHE", str(tmp_path)),))
     check_is_caught(measure(arm), intact(mode), mode, factor)
 
 
 def test_wrong_positions_are_caught(intact, patched_bin):
-    path = os.pathsep.join([str(TESTS / "sabotage"), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    arm = BrokenArm("broken", patched_bin, KNOBS.replace(mode="exact"), extra=(("PYTHONPATH", path),))
+    arm = ArmWith("broken", patched_bin, KNOBS.replace(mode="exact"), extra=(python_path("sabotage"),))
     check_is_caught(measure(arm), intact("exact"), "exact", 10)
