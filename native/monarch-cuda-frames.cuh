@@ -14,8 +14,30 @@ MONARCH_DEVICE int32_t monarch_frame_get_age(int32_t page, int32_t used, int32_t
     return page < 0 ? MONARCH_FRAME_AGES - 1 : age < MONARCH_FRAME_AGES - 2 ? age : MONARCH_FRAME_AGES - 2;
 }
 
-// The pages of the present query without a frame, the first n_max of them; those with one are used in this step. Returns how
-// many have none.
+// the frames that the present query found are used in this step; by a whole block of threads
+MONARCH_DEVICE void monarch_mark_group_frames(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t * sums) {
+    monarch_frame_head * head = monarch_frame_head_get(a, group.head_kv);
+
+    const int32_t * chosen = a.chosen + (size_t) group.i*a.n_pages_max;
+
+    int32_t n_hits = 0;
+    for (int32_t i = threadIdx.x; i < a.n_chosen[group.i]; i += blockDim.x) {
+        const int32_t frame = monarch_frame_find(head, a.op.n_frames, group.table[chosen[i]].page);
+
+        if (frame >= 0) {
+            monarch_frame_head_used(head, a.op.n_frames)[frame] = a.table[MONARCH_TABLE_STEP];
+            n_hits++;
+        }
+    }
+    monarch_block_scan(n_hits, sums);
+
+    if (threadIdx.x == 0) {
+        head->n_hits += sums[blockDim.x - 1];
+    }
+    __syncthreads();
+}
+
+// the pages of the present query without a frame, the first n_max of them; returns how many there are
 MONARCH_DEVICE int32_t monarch_find_missed(
         const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t n_max, int32_t * missed, int32_t * sums) {
     monarch_frame_head * head = monarch_frame_head_get(a, group.head_kv);
@@ -29,12 +51,7 @@ MONARCH_DEVICE int32_t monarch_find_missed(
 
     int32_t n_missed = 0;
     for (int32_t i = i0; i < i1; ++i) {
-        const int32_t frame = monarch_frame_find(head, a.op.n_frames, group.table[chosen[i]].page);
-
-        if (frame >= 0) {
-            monarch_frame_head_used(head, a.op.n_frames)[frame] = a.table[MONARCH_TABLE_STEP];
-        }
-        n_missed += frame < 0;
+        n_missed += monarch_frame_find(head, a.op.n_frames, group.table[chosen[i]].page) < 0;
     }
 
     int32_t i_missed = monarch_block_scan(n_missed, sums) - n_missed;
@@ -134,7 +151,6 @@ MONARCH_DEVICE void monarch_plan_group_frames(const monarch_cuda_attend & a, con
     if (threadIdx.x == 0) {
         const int32_t n_filled = sums[blockDim.x - 1];
 
-        head->n_hits     += a.n_chosen[group.i] - n_missed;
         head->n_page_ins += n_filled;
         head->n_filled   += n_filled;
     }
@@ -145,14 +161,28 @@ static size_t monarch_plan_shared() {
     return (MONARCH_FRAME_BATCH + MONARCH_FRAME_AGES + MONARCH_SELECT_THREADS)*sizeof(int32_t);
 }
 
-// one sequence after the other: they may share pages; grid: KV heads; shared: monarch_plan_shared()
+MONARCH_DEVICE bool monarch_group_has_frames(const monarch_cuda_group & group) {
+    return group.n_rows > 0 && group.is_last && group.mode == MONARCH_MODE_PAGED;
+}
+
+// One sequence after the other: they may share pages. None loses a frame to another that it uses itself, and each has its turn
+// to be the first. Grid: KV heads; shared: monarch_plan_shared()
 MONARCH_KERNEL monarch_plan_frames(const monarch_cuda_attend a) {
     MONARCH_SHARED(shared);
 
     for (int32_t i = 0; i < a.n_blocks; ++i) {
         const monarch_cuda_group group = monarch_group_get(a, i*a.n_head_kv + blockIdx.x);
 
-        if (group.n_rows > 0 && group.is_last && group.mode == MONARCH_MODE_PAGED) {
+        if (monarch_group_has_frames(group)) {
+            monarch_mark_group_frames(a, group, (int32_t *) shared);
+        }
+    }
+    for (int32_t i = 0; i < a.n_blocks; ++i) {
+        const int32_t i_block = (int32_t) (((uint32_t) a.table[MONARCH_TABLE_STEP] + i)%a.n_blocks);
+
+        const monarch_cuda_group group = monarch_group_get(a, i_block*a.n_head_kv + blockIdx.x);
+
+        if (monarch_group_has_frames(group)) {
             monarch_plan_group_frames(a, group, (int32_t *) shared);
         }
     }

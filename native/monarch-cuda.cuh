@@ -180,12 +180,11 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
         MONARCH_LAUNCH(monarch_attend_merge, rows, MONARCH_THREADS, 3*head_dim*sizeof(float), stream, a);
         MONARCH_LAUNCH(monarch_write_log, a.n_head_kv, MONARCH_SELECT_THREADS, MONARCH_SELECT_THREADS*sizeof(int32_t), stream, a);
 
+        // filled before the next launch looks for them
         if (a.frames) {
             MONARCH_LAUNCH(monarch_plan_frames, a.n_head_kv, MONARCH_SELECT_THREADS, monarch_plan_shared(), stream, a);
+            MONARCH_LAUNCH(monarch_fill_frames, dim3(MONARCH_FRAME_BATCH, a.n_head_kv), MONARCH_THREADS, 0, stream, a);
         }
-    }
-    if (a.frames) {
-        MONARCH_LAUNCH(monarch_fill_frames, dim3(MONARCH_FRAME_BATCH, a.n_head_kv), MONARCH_THREADS, 0, stream, a);
     }
 }
 

@@ -192,12 +192,12 @@ monarch_kv_cache::monarch_kv_cache(
     clear_frames();
 }
 
-// frames that a layer has: a few times what a step promotes
+// frames that a layer has: a few times what a step promotes for all sequences
 int32_t monarch_kv_cache::n_frames(int32_t il) const {
     const int32_t n_tokens = il < knobs.dense_layers ? std::max(knobs.dense_tokens, knobs.promote_tokens) : knobs.promote_tokens;
-    const int32_t n_frames = knobs.frames > 0 ? knobs.frames : MONARCH_FRAMES_PER_PROMOTED*(n_tokens/knobs.page_size);
+    const int64_t n_frames = knobs.frames > 0 ? knobs.frames : (int64_t) MONARCH_FRAMES_PER_PROMOTED*n_seqs()*(n_tokens/knobs.page_size);
 
-    return std::min<int32_t>(n_frames, n_pages_max);
+    return std::min<int64_t>(n_frames, n_pages_max);
 }
 
 // the context for tensors in this kind of memory
@@ -260,7 +260,7 @@ void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place
     }
 }
 
-// not cleared: in host memory the operating system commits it page by page, as it fills
+// not cleared: in host memory that is not pinned the operating system commits it page by page, as it fills
 void monarch_kv_cache::alloc_cold_buf(cold_buf & cold) {
     if (hparams.no_alloc) {
         cold.buf.reset(ggml_backend_buft_alloc_buffer(cold.buft, 0));

@@ -176,13 +176,31 @@ std::vector<int32_t> monarch_page_table::remove(monarch_page_pool & pool, int32_
     return changed;
 }
 
+std::vector<monarch_page_table::page>::iterator monarch_page_table::find(int32_t phys, int32_t first_pos) {
+    auto it = std::lower_bound(pages.begin(), pages.end(), first_pos, [](const page & page, int32_t pos) { return page.begin() < pos; });
+
+    while (it != pages.end() && it->phys != phys) {
+        it = it->begin() < first_pos + 32 ? it + 1 : pages.end();
+    }
+    return it;
+}
+
 void monarch_page_table::share(monarch_page_pool & pool, const monarch_page_table & src, int32_t p0, int32_t p1) {
     for (const page & page : src.pages) {
-        const uint32_t mask = monarch_page_mask(page, p0, p1);
-
-        if (mask != 0) {
-            pool.share(page.phys);
-            push(page.phys, page.first_pos, mask);
+        uint32_t mask = monarch_page_mask(page, p0, p1);
+        if (mask == 0) {
+            continue;
         }
+
+        // other tokens of it may be here already: a table lists a page once
+        const auto own = find(page.phys, page.first_pos);
+        if (own != pages.end()) {
+            mask   |= own->mask;
+            n_cold -= own->n_tokens();
+            pages.erase(own);
+        } else {
+            pool.share(page.phys);
+        }
+        push(page.phys, page.first_pos, mask);
     }
 }

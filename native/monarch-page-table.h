@@ -74,6 +74,8 @@ public:
     int32_t end()   const;
 
 private:
+    std::vector<page>::iterator find(int32_t phys, int32_t first_pos);
+
     uint32_t n_cold = 0;
 
     std::vector<page> pages; // ascending positions

@@ -22,8 +22,14 @@ ggml_backend_buffer_type_t monarch_place_get_pool_buft(monarch_place place, ggml
         return monarch_place_get_buft(place, dev);
     }
 
+    // several devices that share each layer have none
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
+    if (!reg) {
+        return nullptr;
+    }
+
     const auto get_mapped = (ggml_backend_buffer_type_t (*)(ggml_backend_dev_t))
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), MONARCH_MAPPED_BUFFER_TYPE);
+        ggml_backend_reg_get_proc_address(reg, MONARCH_MAPPED_BUFFER_TYPE);
 
     return get_mapped ? get_mapped(dev) : nullptr;
 }
@@ -121,7 +127,7 @@ monarch_place monarch_place_find(
     const monarch_place res = monarch_place_choose(model, params, cparams, knobs, op);
 
     if (knobs.frames > 0 && !monarch_place_has_tiers(res, model)) {
-        throw std::runtime_error("frames = " + std::to_string(knobs.frames) + ": no device here attends pages that lie in host memory; use 0");
+        throw std::runtime_error("frames = " + std::to_string(knobs.frames) + ": frames need cold_tier = ram and a device that attends pages in host memory; use 0");
     }
     return res;
 }

@@ -191,7 +191,8 @@ def test_frames_hold_what_was_promoted_last(emulation: Path) -> None:
         for head_dim, page_size, bits_k, residual_k in [(80, 8, 3, 0), (96, 32, 4, 1), (128, 16, 2, 1)]
     ])
     shared = base._replace(n_frames=9, n_pages=9, n_promote=5, n_tokens=5, n_runs=3)
-    [nothing] = check(emulation, [shared, shared._replace(mode=EXACT)])[1:]
+    check(emulation, [shared, shared._replace(n_gqa=8, n_tokens=20, n_steps=4)])  # in one launch, and in several
+    [nothing] = check(emulation, [shared._replace(mode=EXACT)])
     assert nothing.n_page_ins == nothing.n_hits == 0
 
 

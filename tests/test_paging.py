@@ -252,7 +252,7 @@ def test_other_architectures_are_refused_when_paging_is_on(patched_bin: Path, fo
         ({"MONARCH_MODE": "fast"}, "MONARCH_MODE = fast: must be one of off window paged exact auto"),
         ({"MONARCH": "1", "MONARCH_HOT_WINDOW": "8"}, "MONARCH_HOT_WINDOW = 8: must be from 16 to 1048576"),
         ({"MONARCH": "1", "MONARCH_PAGE_SIZE": "12"}, "page_size = 12: must be 8, 16 or 32"),
-        ({"MONARCH": "1", "MONARCH_FRAMES": "4"}, "frames = 4: no device here attends pages that lie in host memory"),
+        ({"MONARCH": "1", "MONARCH_FRAMES": "4"}, "frames = 4: frames need cold_tier = ram and a device that"),
     ],
 )
 def test_bad_knobs_are_refused_by_name(
