@@ -229,6 +229,14 @@ def test_what_is_decoded_for_all_is_paged_out_once(arms: dict[str, Server]) -> N
     assert together["n_pages"] == alone["n_pages"] > 4 and together["n_cold"] == alone["n_cold"]
 
 
+def test_a_copy_in_parts_lists_each_page_once(arms: dict[str, Server]) -> None:
+    """The parts meet within a page."""
+    whole, parts = [["cp", 0, 1, 0, 110]], [["cp", 0, 1, 43, 110], ["cp", 0, 1, 0, 21], ["cp", 0, 1, 21, 43]]
+    ops = [[["decode", prompt(110, [0])], *copies, ["decode", prompt(1, [1], 110)]] for copies in (whole, parts)]
+    want, got = (check_agreement(arms, steps)["stats"] for steps in ops)
+    assert got["n_promoted"] == want["n_promoted"] > 0
+
+
 def test_a_copy_outlives_what_it_was_made_of(arms: dict[str, Server]) -> None:
     ops = [
         ["decode", prompt(110, [0])],
