@@ -569,7 +569,7 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
 //
 
 MONARCH_DEVICE monarch_frame_head * monarch_frame_head_get(const monarch_cuda_attend & a, int32_t head_kv) {
-    return (monarch_frame_head *) (a.frames + monarch_frame_head_offset(a.n_pages_max, a.op.n_frames, head_kv));
+    return monarch_frames_head(a.frames, a.n_pages_max, a.op.n_frames, head_kv);
 }
 
 MONARCH_DEVICE int32_t monarch_cold_find_frame(const monarch_cuda_attend & a, int32_t head_kv, int32_t page) {

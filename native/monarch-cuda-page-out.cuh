@@ -477,7 +477,7 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
 
     // nor is a copy of what it held any good
     if (threadIdx.x == 0 && a.frames) {
-        monarch_frame_head * head = (monarch_frame_head *) (a.frames + monarch_frame_head_offset(a.n_pages_max, a.op.n_frames, head_kv));
+        monarch_frame_head * head = monarch_frames_head(a.frames, a.n_pages_max, a.op.n_frames, head_kv);
 
         const int32_t frame = monarch_frame_find(head, a.op.n_frames, page);
         if (frame >= 0) {

@@ -37,6 +37,10 @@ MONARCH_HD static inline size_t monarch_frame_head_offset(int64_t n_pages, int64
     return head_kv*monarch_frame_head_size(n_pages, n_frames);
 }
 
+MONARCH_HD static inline struct monarch_frame_head * monarch_frames_head(void * frames, int64_t n_pages, int64_t n_frames, int64_t head_kv) {
+    return (struct monarch_frame_head *) ((char *) frames + monarch_frame_head_offset(n_pages, n_frames, head_kv));
+}
+
 // the block of a KV head's frame
 MONARCH_HD static inline size_t monarch_frame_offset(
         const struct monarch_codec * codec, int64_t n_head_kv, int64_t n_pages, int64_t n_frames, int64_t head_kv, int64_t frame) {

@@ -165,7 +165,7 @@ static std::vector<int32_t> promoted_pages(monarch_head_state * head) {
 static int32_t frames_compare(const monarch_op_params & op, int64_t n_pages_max, world & w, const std::vector<frame_oracle> & oracles, bool is_ordered) {
     int32_t res = 0;
     for (int64_t h = 0; h < n_head_kv; ++h) {
-        monarch_frame_head * head = (monarch_frame_head *) ((char *) w.frames.data() + monarch_frame_head_offset(n_pages_max, op.n_frames, h));
+        monarch_frame_head * head = monarch_frames_head(w.frames.data(), n_pages_max, op.n_frames, h);
 
         const frame_oracle & oracle = oracles[h];
         const size_t         size   = monarch_codec_block_size(&op.codec);
