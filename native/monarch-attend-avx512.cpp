@@ -26,13 +26,15 @@
 
 #define MONARCH_SCORE_ROWS 8
 
-// of what 2-bit values add to a score: the sum of MONARCH_TABLES, over MONARCH_TABLE_BYTES of codes, fits into a byte, though
-// each may have been rounded up by a half
+// of what 2-bit values add to a score: over MONARCH_TABLE_BYTES of codes it fits into a signed byte, though each of the up to
+// MONARCH_TABLES may have been rounded up by a half; two such sums are averaged
 #define MONARCH_TABLE_SIZE  64
-#define MONARCH_TABLE_BYTES 6
-#define MONARCH_TABLES      8
-#define MONARCH_TABLES_MAX  251.0f
-#define MONARCH_TABLES_HALF 130 // and no less than half of that with the rounding
+#define MONARCH_TABLE_BYTES 8
+#define MONARCH_TABLES      11
+#define MONARCH_TABLES_MAX  (127.0f - 0.5f*MONARCH_TABLES)
+
+#define MONARCH_SUM_BYTES   (2*MONARCH_TABLE_BYTES)
+#define MONARCH_SUMS_MAX    (MONARCH_MAX_HEAD_DIM/4/MONARCH_SUM_BYTES)
 
 // a constant, so that the rows of a block are at constant offsets
 #define MONARCH_Q_STRIDE MONARCH_MAX_HEAD_DIM
@@ -41,7 +43,10 @@
 
 // a byte of codes is an index by its first three values; with the next two, their fourth values make another index
 static inline int64_t monarch_tables_count(int64_t head_dim) {
-    return head_dim/4 + (head_dim/4 + 2)/3;
+    const int64_t n_bytes = head_dim/4;
+    const int64_t n_last  = n_bytes%MONARCH_TABLE_BYTES;
+
+    return n_bytes/MONARCH_TABLE_BYTES*MONARCH_TABLES + n_last + (n_last + 2)/3;
 }
 
 // odd in cache lines, lest the rows' scores of a group compete for one set of the cache
@@ -61,7 +66,7 @@ struct monarch_avx512_work {
     float   * k_rows;  // [16][head_dim] one tile of hot K
     float   * k;       // [head_dim][16] the same, transposed
     float   * v;       // [16][head_dim]
-    uint8_t * tables;  // [MONARCH_SCORE_ROWS][n_tables][MONARCH_TABLE_SIZE] of summary weights
+    uint8_t * tables;  // [n_tables][MONARCH_SCORE_ROWS][MONARCH_TABLE_SIZE] of summary weights
     float   * scores;  // [MONARCH_SCORE_ROWS][monarch_scores_stride] by physical page
     float   * log_n;   // [n_pages_max] logarithm of a page's tokens
     int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones with as many tokens, else -1
@@ -805,8 +810,7 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
 // of the rows that are scored together
 struct monarch_score_query {
     int8_t  * w;                            // [MONARCH_SCORE_ROWS][2*head_dim] weights of both halves
-    uint8_t * tables;                       // [MONARCH_SCORE_ROWS][n_tables][MONARCH_TABLE_SIZE] of parts
-    int16_t   bias [MONARCH_SCORE_ROWS];    // what the tables lack
+    uint8_t * tables;                       // [n_tables][R][MONARCH_TABLE_SIZE] of parts
     float     scale[MONARCH_SCORE_ROWS][2]; // of w, or of the tables
     float     sum  [MONARCH_SCORE_ROWS][2]; // of the weights
 };
@@ -889,12 +893,10 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
 // scores of parts: what the 2-bit values of three dimensions add to a row's score is looked up in a table of 64
 //
 
-// what a sum may be shifted by and still has 16 bits: half of what the tables add is below or above zero
-static inline int monarch_tables_get_shift(int64_t head_dim) {
-    const int64_t n_sums = (head_dim/4 + MONARCH_TABLE_BYTES - 1)/MONARCH_TABLE_BYTES;
-
+// n sums of tables, upper bytes of 16 bits, are halved until they fit there together
+static inline int monarch_tables_get_shift(int64_t n) {
     int res = 0;
-    while (((n_sums*MONARCH_TABLES_HALF + 1) << (res + 1)) <= INT16_MAX) {
+    while (n > 1 << res) {
         ++res;
     }
     return res;
@@ -904,14 +906,18 @@ static inline int monarch_tables_get_shift(int64_t head_dim) {
 static void monarch_tables_sort(int64_t head_dim, const float * w, float * sorted) {
     memset(sorted, 0, 3*monarch_tables_count(head_dim)*sizeof(float));
 
-    for (int64_t d = 0; d < head_dim; d += 12) {
-        const int64_t n = MONARCH_MIN(3, (head_dim - d)/4);
+    for (int64_t i0 = 0; i0 < head_dim/4; i0 += MONARCH_TABLE_BYTES) {
+        const int64_t i1 = MONARCH_MIN(i0 + MONARCH_TABLE_BYTES, head_dim/4);
 
-        for (int64_t i = 0; i < n; ++i) {
-            memcpy(sorted + 3*i, w + d + 4*i, 3*sizeof(float));
-            sorted[3*n + n - 1 - i] = w[d + 4*i + 3];
+        for (int64_t i = i0; i < i1; i += 3) {
+            const int64_t n = MONARCH_MIN(3, i1 - i);
+
+            for (int64_t j = 0; j < n; ++j) {
+                memcpy(sorted + 3*j, w + 4*(i + j), 3*sizeof(float));
+                sorted[3*n + j] = w[4*(i + j) + 3];
+            }
+            sorted += 3*(n + 1);
         }
-        sorted += 3*(n + 1);
     }
 }
 
@@ -920,9 +926,9 @@ static void monarch_table_fill(const float * w, uint8_t * table) {
     const __m512 u0 = _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
     const __m512 u1 = _mm512_setr_ps(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
 
-    const float least = 1.5f*(w[0] - fabsf(w[0]) + w[1] - fabsf(w[1]) + w[2] - fabsf(w[2]));
+    const __m512 middle = _mm512_set1_ps(-1.5f*(w[0] + w[1] + w[2]));
 
-    const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(w[0]), u0, _mm512_fmadd_ps(_mm512_set1_ps(w[1]), u1, _mm512_set1_ps(-least)));
+    const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(w[0]), u0, _mm512_fmadd_ps(_mm512_set1_ps(w[1]), u1, middle));
 
     for (int u2 = 0; u2 < 4; ++u2) {
         const __m512 value = _mm512_fmadd_ps(_mm512_set1_ps(w[2]), _mm512_set1_ps((float) u2), sum);
@@ -931,27 +937,24 @@ static void monarch_table_fill(const float * w, uint8_t * table) {
     }
 }
 
-// a row's tables; a score is scale times what they and bias add up to
-static void monarch_tables_init(const struct monarch_attend * attend, const struct monarch_row * row, uint8_t * tables, float * scale, int16_t * bias) {
+// a row's tables, with those of other rows between them; a score is scale times what they add up to
+static void monarch_tables_init(const struct monarch_attend * attend, const struct monarch_row * row, int64_t n_rows, uint8_t * tables, float * scale) {
     const int32_t head_dim = attend->op.codec.head_dim;
     const int64_t n_tables = monarch_tables_count(head_dim);
 
     float w[2*MONARCH_MAX_HEAD_DIM];
     monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
 
-    float sorted[MONARCH_MAX_HEAD_DIM + 3];
+    float sorted[2*MONARCH_MAX_HEAD_DIM];
     monarch_tables_sort(head_dim, w, sorted);
 
     float max = 0.0f;
-    float sum = 0.0f;
     for (int64_t t = 0; t < n_tables; t += MONARCH_TABLES) {
-        float range = 0.0f;
+        float sum = 0.0f;
         for (int64_t i = 3*t; i < 3*MONARCH_MIN(t + MONARCH_TABLES, n_tables); ++i) {
-            range += 3.0f*fabsf(sorted[i]);
+            sum += 1.5f*fabsf(sorted[i]);
         }
-
-        max  = range > max ? range : max;
-        sum += range;
+        max = sum > max ? sum : max;
     }
 
     const float inverse = max > 0.0f ? MONARCH_TABLES_MAX/max : 0.0f;
@@ -959,136 +962,181 @@ static void monarch_tables_init(const struct monarch_attend * attend, const stru
         for (int i = 0; i < 3; ++i) {
             sorted[3*t + i] *= inverse;
         }
-        monarch_table_fill(sorted + 3*t, tables + t*MONARCH_TABLE_SIZE);
+        monarch_table_fill(sorted + 3*t, tables + t*n_rows*MONARCH_TABLE_SIZE);
     }
 
     *scale = max/MONARCH_TABLES_MAX;
-    *bias  = (int16_t) lrintf(-0.5f*inverse*sum);
 }
 
 // one table of each row
 template <int R>
-static inline void monarch_tables_look_up(__m512i index, const uint8_t * table, int64_t stride, __m512i * sum) {
+static inline void monarch_tables_look_up(__m512i index, const uint8_t * table, __m512i * sum) {
     for (int r = 0; r < R; ++r) {
-        sum[r] = _mm512_add_epi8(sum[r], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(table + r*stride)));
+        sum[r] = _mm512_add_epi8(sum[r], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(table + r*MONARCH_TABLE_SIZE)));
     }
 }
 
-// what four parts of 16 pages add up to as 16 bits, in pairs: the first and third of each page, the second and fourth
+// the fourth values of n times 64 bytes as one index; what else is in it weighs nothing
+static inline __m512i monarch_codes_get_fourth(const uint8_t * codes, int64_t n) {
+    __m512i res = _mm512_srli_epi16(_mm512_loadu_si512(codes), 6);
+
+    if (n > 1) {
+        res = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x03), res, _mm512_srli_epi16(_mm512_loadu_si512(codes + 64), 4), 0xca);
+    }
+    if (n > 2) {
+        res = _mm512_ternarylogic_epi64(_mm512_set1_epi8(0x0f), res, _mm512_srli_epi16(_mm512_loadu_si512(codes + 128), 2), 0xca);
+    }
+    return res;
+}
+
+// what n times 64 bytes add up to; asks for those of a group to come
 template <int R>
-static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_score_query * query, __m512i sums[2][R]) {
-    const int64_t n_bytes    = head_dim/4;
-    const int64_t stride     = monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
-    const int64_t group_size = monarch_group_size(head_dim);
+static inline void monarch_codes_look_up(const uint8_t * codes, int64_t n, int64_t group_size, const uint8_t * table, __m512i * sum) {
+#pragma GCC unroll 1 // or sums go to memory and back
+    for (int64_t j = 0; j < n; ++j) {
+        _mm_prefetch((const char *) codes + j*64 + group_size, _MM_HINT_T0);
 
-    const uint8_t * table = query->tables;
+        monarch_tables_look_up<R>(_mm512_loadu_si512(codes + j*64), table + j*R*MONARCH_TABLE_SIZE, sum);
+    }
+    monarch_tables_look_up<R>(monarch_codes_get_fourth(codes, n), table + n*R*MONARCH_TABLE_SIZE, sum);
+}
+
+// what up to MONARCH_TABLE_BYTES of four parts of 16 pages add up to, and 128
+template <int R>
+static inline void monarch_tables_add(const uint8_t * codes, int64_t n, int64_t group_size, const uint8_t * table, __m512i * sum) {
+    for (int r = 0; r < R; ++r) {
+        sum[r] = _mm512_set1_epi8((int8_t) 0x80);
+    }
+
+    int64_t i = 0;
+    for (; i + 3 <= n; i += 3, table += 4*R*MONARCH_TABLE_SIZE) {
+        monarch_codes_look_up<R>(codes + i*64, 3, group_size, table, sum);
+    }
+    if (i < n) {
+        monarch_codes_look_up<R>(codes + i*64, n - i, group_size, table, sum);
+    }
+}
+
+// half of what up to MONARCH_SUM_BYTES add up to
+template <int R>
+static inline void monarch_parts_add(const uint8_t * codes, int64_t n, int64_t group_size, const uint8_t * table, __m512i * dst) {
+    const int64_t n_first = MONARCH_MIN(n, MONARCH_TABLE_BYTES);
+
+    __m512i sum[R];
+    monarch_tables_add<R>(codes, n_first, group_size, table, sum);
 
     for (int r = 0; r < R; ++r) {
-        sums[0][r] = sums[1][r] = _mm512_setzero_si512();
+        dst[r] = sum[r];
     }
-    for (int64_t i0 = 0; i0 < n_bytes; i0 += MONARCH_TABLE_BYTES) {
-        __m512i sum[R];
-        for (int r = 0; r < R; ++r) {
-            sum[r] = _mm512_setzero_si512();
-        }
-        for (int64_t i = i0; i < MONARCH_MIN(i0 + MONARCH_TABLE_BYTES, n_bytes); i += 3) {
-            __m512i fourth = _mm512_setzero_si512();
 
-            for (int64_t j = i; j < MONARCH_MIN(i + 3, n_bytes); ++j, table += MONARCH_TABLE_SIZE) {
-                _mm_prefetch((const char *) codes + j*64 + group_size, _MM_HINT_T0);
+    monarch_tables_add<R>(codes + n_first*64, n - n_first, group_size, table + MONARCH_TABLES*R*MONARCH_TABLE_SIZE, sum);
 
-                const __m512i index = _mm512_loadu_si512(codes + j*64);
-                const __m512i value = _mm512_and_si512(_mm512_srli_epi16(index, 6), _mm512_set1_epi8(3));
+    for (int r = 0; r < R; ++r) {
+        dst[r] = _mm512_xor_si512(_mm512_avg_epu8(dst[r], sum[r]), _mm512_set1_epi8((int8_t) 0x80));
+    }
+}
 
-                fourth = _mm512_or_si512(_mm512_slli_epi16(fourth, 2), value);
+// of a group: scales of its parts in the order of their sums, in units of 2^-14 of the greatest power of two in the page
+struct monarch_parts_scales {
+    __m512i   value[MONARCH_SUMMARY_PARTS/2];
+    __mmask32 full [MONARCH_SUMMARY_PARTS/2]; // parts with tokens
+    __m512    unit;                           // of each page
+};
 
-                monarch_tables_look_up<R>(index, table, stride, sum);
+// 32 codes, of two parts of 16 pages
+static inline __m512i monarch_scales_load_pair(const uint8_t * a, const uint8_t * b) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) a);
+    const __m128i y = _mm_loadu_si128((const __m128i *) b);
+
+    return _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y)));
+}
+
+static inline void monarch_parts_get_scales(const uint8_t * codes, struct monarch_parts_scales * scales) {
+    __m512i code[MONARCH_SUMMARY_PARTS/2];
+    for (int i = 0; i < MONARCH_SUMMARY_PARTS/2; ++i) {
+        const uint8_t * src = codes + (i/2*4 + i%2)*MONARCH_SUMMARY_GROUP;
+
+        code[i] = monarch_scales_load_pair(src, src + 2*MONARCH_SUMMARY_GROUP);
+    }
+
+    // what other pages lie in the group changes nothing
+    const __m512i pair     = _mm512_max_epi16(_mm512_max_epi16(code[0], code[1]), _mm512_max_epi16(code[2], code[3]));
+    const __m512i greatest = _mm512_srli_epi16(_mm512_max_epi16(pair, _mm512_rol_epi32(pair, 16)), 3);
+
+    for (int i = 0; i < MONARCH_SUMMARY_PARTS/2; ++i) {
+        const __m512i fraction = _mm512_slli_epi16(_mm512_or_si512(_mm512_and_si512(code[i], _mm512_set1_epi16(7)), _mm512_set1_epi16(8)), 11);
+
+        scales->value[i] = _mm512_srlv_epi16(fraction, _mm512_sub_epi16(greatest, _mm512_srli_epi16(code[i], 3)));
+        scales->full [i] = _mm512_test_epi16_mask(code[i], code[i]);
+    }
+
+    // that power, twice: a sum's product with a value has lost 15 bits
+    const __m512i exponent = _mm512_add_epi32(_mm512_srli_epi32(greatest, 16), _mm512_set1_epi32((MONARCH_SCALE_CODE_BIAS >> 3) + 1));
+
+    scales->unit = _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
+
+// a row's greatest part of each page; sums: n, of the first four parts, then of the others
+static inline __m512 monarch_parts_find_best(const __m512i * sums, int64_t n, int64_t stride, const struct monarch_parts_scales * scales, int shift) {
+    __m512i best = _mm512_set1_epi16(INT16_MIN); // of a page without tokens
+
+    for (int half = 0; half < 2; ++half) {
+        __m512i even = _mm512_slli_epi16(sums[half*n*stride], 8);
+        __m512i odd  = _mm512_and_si512 (sums[half*n*stride], _mm512_set1_epi16((int16_t) 0xff00));
+
+        if (n > 1) {
+            even = _mm512_srai_epi16(even, shift);
+            odd  = _mm512_srai_epi16(odd,  shift);
+            for (int64_t i = 1; i < n; ++i) {
+                const __m512i sum = sums[(half*n + i)*stride];
+
+                even = _mm512_add_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(sum, 8), shift));
+                odd  = _mm512_add_epi16(odd,  _mm512_srai_epi16(_mm512_and_si512(sum, _mm512_set1_epi16((int16_t) 0xff00)), shift));
             }
-            monarch_tables_look_up<R>(fourth, table, stride, sum);
-            table += MONARCH_TABLE_SIZE;
         }
-        for (int r = 0; r < R; ++r) {
-            sums[0][r] = _mm512_add_epi16(sums[0][r], sum[r]);
-            sums[1][r] = _mm512_add_epi16(sums[1][r], _mm512_srli_epi16(sum[r], 8));
-        }
+        best = _mm512_mask_max_epi16(best, scales->full[2*half + 0], best, _mm512_mulhrs_epi16(even, scales->value[2*half + 0]));
+        best = _mm512_mask_max_epi16(best, scales->full[2*half + 1], best, _mm512_mulhrs_epi16(odd,  scales->value[2*half + 1]));
     }
-    for (int r = 0; r < R; ++r) {
-        const __m512i bias = _mm512_set1_epi16(query->bias[r]);
 
-        // what belongs to the second has been added 256 fold
-        sums[0][r] = _mm512_add_epi16(bias, _mm512_sub_epi16(sums[0][r], _mm512_slli_epi16(sums[1][r], 8)));
-        sums[1][r] = _mm512_add_epi16(bias, sums[1][r]);
-    }
+    const __m512i pair = _mm512_max_epi16(best, _mm512_rol_epi32(best, 16));
+
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(pair, 16)), scales->unit);
 }
 
-static inline __m512 monarch_scales_decode(__m512i codes) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(MONARCH_SCALE_CODE_BIAS)), 20));
-}
-
-// of each page; what other pages lie in the group changes nothing
-static inline __m512 monarch_parts_find_greatest(const uint8_t * codes) {
-    __m128i res = _mm_set1_epi8(1);
-    for (int i = 0; i < MONARCH_SUMMARY_PARTS; ++i) {
-        res = _mm_max_epu8(res, _mm_loadu_si128((const __m128i *) (codes + i*MONARCH_SUMMARY_GROUP)));
-    }
-    return monarch_scales_decode(_mm512_cvtepu8_epi32(res));
-}
-
-// scales of four parts in the order of their sums; factor: to units of 1/32767 of the page's greatest
-static inline void monarch_parts_get_scales(const uint8_t * codes, __m512 factor, __m512i * scales, __mmask32 * full) {
-    __m512i code [4];
-    __m512i scale[4];
-    for (int i = 0; i < 4; ++i) {
-        code [i] = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) (codes + i*MONARCH_SUMMARY_GROUP)));
-        scale[i] = _mm512_cvtps_epi32(_mm512_mul_ps(monarch_scales_decode(code[i]), factor));
-    }
-    for (int i = 0; i < 2; ++i) {
-        const __m512i pair = _mm512_or_si512(code[i], _mm512_slli_epi32(code[i + 2], 16));
-
-        scales[i] = _mm512_or_si512(scale[i], _mm512_slli_epi32(scale[i + 2], 16));
-        full  [i] = _mm512_test_epi16_mask(pair, pair);
-    }
-}
-
-// scores of 16 pages for R rows; asks for the next 16
+// scores of 16 pages for R rows; asks for the 16 after the next: the next would come too late from memory
 template <int R>
 static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
-    const uint8_t * codes = group + monarch_summary_scale_at(0, 0);
+    const int64_t n_bytes    = head_dim/4;
+    const int64_t n_sums     = (n_bytes + MONARCH_SUM_BYTES - 1)/MONARCH_SUM_BYTES;
+    const int64_t group_size = 2*monarch_group_size(head_dim);
 
-    monarch_cold_prefetch(group + monarch_group_size(head_dim), MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP);
+    const uint8_t * scale_codes = group + monarch_summary_scale_at(0, 0);
 
-    const int       shift = monarch_tables_get_shift(head_dim);
-    const __m512 greatest = monarch_parts_find_greatest(codes);
-    const __m512   factor = _mm512_div_ps(_mm512_set1_ps(32767.0f), greatest);
+    monarch_cold_prefetch(scale_codes + group_size, MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP);
 
-    __m512i best[R];
-    for (int r = 0; r < R; ++r) {
-        best[r] = _mm512_set1_epi16(INT16_MIN); // of a page without tokens
-    }
+    struct monarch_parts_scales scales;
+    monarch_parts_get_scales(scale_codes, &scales);
 
-    for (int i0 = 0; i0 < MONARCH_SUMMARY_PARTS; i0 += 4) {
-        __m512i sums[2][R];
-        monarch_parts_add<R>(head_dim, group + monarch_summary_code_at(head_dim, i0, 0, 0), query, sums);
+    __m512i sums[2*MONARCH_SUMS_MAX][R];
 
-        __m512i   scales[2];
-        __mmask32 full  [2];
-        monarch_parts_get_scales(codes + monarch_summary_scale_at(i0, 0), factor, scales, full);
+    for (int half = 0; half < 2; ++half) {
+        const uint8_t * codes = group + monarch_summary_code_at(head_dim, half*4, 0, 0);
 
-        for (int i = 0; i < 2; ++i) {
-            for (int r = 0; r < R; ++r) {
-                const __m512i sum = _mm512_slli_epi16(sums[i][r], shift);
+        for (int64_t i = 0; i < n_sums; ++i) {
+            const int64_t i_byte = i*MONARCH_SUM_BYTES;
 
-                best[r] = _mm512_max_epi16(best[r], _mm512_mask_mulhrs_epi16(best[r], full[i], sum, scales[i]));
-            }
+            monarch_parts_add<R>(codes + i_byte*64, MONARCH_MIN(MONARCH_SUM_BYTES, n_bytes - i_byte), group_size,
+                    query->tables + 2*i*MONARCH_TABLES*R*MONARCH_TABLE_SIZE, sums[half*n_sums + i]);
         }
     }
 
-    const __m512 unit = _mm512_mul_ps(greatest, _mm512_set1_ps(kq_scale*(32768.0f/32767.0f)/(float) (1 << shift)));
-    for (int r = 0; r < R; ++r) {
-        const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(best[r], 16), 16);
-        const __m512i odd  = _mm512_srai_epi32(best[r], 16);
+    const int   shift = monarch_tables_get_shift(n_sums);
+    const float unit  = kq_scale/(float) (128 >> shift); // of what was halved
 
-        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_max_epi32(even, odd)), _mm512_mul_ps(unit, _mm512_set1_ps(query->scale[r][0]))));
+    for (int r = 0; r < R; ++r) {
+        const __m512 best = monarch_parts_find_best(&sums[0][r], n_sums, R, &scales, shift);
+
+        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(best, _mm512_set1_ps(unit*query->scale[r][0])));
     }
 }
 
@@ -1172,17 +1220,19 @@ static void monarch_score_query_init(const struct monarch_attend * attend, const
     query->w      = avx512->q;
     query->tables = avx512->tables;
 
+    if (has_parts && n < n_kernel) {
+        memset(query->tables, 0, n_kernel*n_tables*MONARCH_TABLE_SIZE);
+    }
+    if (!has_parts) {
+        memset(query->w + n*2*head_dim, 0, (n_kernel - n)*2*head_dim);
+    }
+
     for (int64_t r = 0; r < n; ++r) {
         if (has_parts) {
-            monarch_tables_init(attend, &rows[r], query->tables + r*n_tables*MONARCH_TABLE_SIZE, query->scale[r], &query->bias[r]);
+            monarch_tables_init(attend, &rows[r], n_kernel, query->tables + r*MONARCH_TABLE_SIZE, query->scale[r]);
         } else {
             monarch_score_quantize(attend, &rows[r], query->w + r*2*head_dim, query->scale[r], query->sum[r]);
         }
-    }
-    if (has_parts) {
-        memset(query->tables + n*n_tables*MONARCH_TABLE_SIZE, 0, (n_kernel - n)*n_tables*MONARCH_TABLE_SIZE);
-    } else {
-        memset(query->w + n*2*head_dim, 0, (n_kernel - n)*2*head_dim);
     }
 }
 

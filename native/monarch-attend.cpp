@@ -165,21 +165,23 @@ static void monarch_rows_write(const monarch_attend * attend, int64_t head_kv, m
 // the choice of pages
 //
 
-// in lanes, so that compilers make vectors of them
+// in lanes, so many that compilers make vectors of them
 static float monarch_find_max(int32_t n, const float * x) {
-    float lanes[16];
-    std::fill(lanes, lanes + 16, -INFINITY);
+    const int32_t n_lanes = 64;
+
+    float lanes[n_lanes];
+    std::fill(lanes, lanes + n_lanes, -INFINITY);
 
     int32_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        for (int32_t j = 0; j < 16; ++j) {
+    for (; i + n_lanes <= n; i += n_lanes) {
+        for (int32_t j = 0; j < n_lanes; ++j) {
             lanes[j] = lanes[j] > x[i + j] ? lanes[j] : x[i + j];
         }
     }
     for (; i < n; ++i) {
         lanes[0] = std::max(lanes[0], x[i]);
     }
-    return *std::max_element(lanes, lanes + 16);
+    return *std::max_element(lanes, lanes + n_lanes);
 }
 
 // the greatest probability of each page over the rows: estimated page mass / (hot mass + sum of estimated page masses)
@@ -192,16 +194,14 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         monarch_row * row = &work->rows[ir];
 
-        float * mass = row->mass;
-
         const float hot = row->max + logf(row->sum);
+        const float max = std::max(monarch_find_max(n_pages, row->mass), hot);
 
-        const float max = std::max(monarch_find_max(n_pages, mass), hot);
-
-        row->estimate_sum = kernel->exp(n_pages, mass, max);
+        row->estimate_sum = kernel->exp(n_pages, row->mass, max);
         row->estimate_max = max;
 
-        const float inverse = 1.0f/(expf(hot - max) + row->estimate_sum);
+        const float   inverse = 1.0f/(expf(hot - max) + row->estimate_sum);
+        const float * mass    = row->mass;
 
         for (int32_t i = 0; i < n_pages; ++i) {
             const float probability = mass[i]*inverse;
