@@ -80,7 +80,8 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
         yield "<h2>Quality against stock f16</h2>"
         for way, about in (("decode", "one token at a time"), ("prefill", "through a prompt")):
             yield f"<p class=\"note\">{about}</p>"
-            metrics = ["perplexity", "kl_mean", "kl_median", "kl_p99", "kl_max", "same_top"]
+            metrics = ["perplexity", "perplexity_change", "perplexity_change_stderr"]
+            metrics += ["kl_mean", "kl_median", "kl_p99", "kl_max", "same_top"]
             control = ["stock again (control)", *(_cell(quality.control_value(metric, way)) for metric in metrics)]
             cells = [[arm, *(_cell(quality.value(arm, metric, way)) for metric in metrics)] for arm in quality.arms]
             held = [[number(quality.row(arm, "kl_mean", way)[name]) for name in _HELD] for arm in quality.arms]

@@ -19,10 +19,11 @@ MOST_LOGITS = 1 << 27  # of one reference: 512 MiB
 def make_plan(settings: Settings, file: Path) -> Report:
     """Writes the plan to the file."""
     options = ["--text-tokens", settings.text_tokens, "--decode-tokens", settings.decode_tokens]
+    options += ["--chunks", settings.chunks]
     options += ["--lengths", ",".join(map(str, settings.lengths)), "--haystacks", settings.haystacks]
     options += ["--text", settings.text] if settings.text else []
     plan = run_child(stock_arm(), __name__, [settings.model, *options], 0, settings)
-    n_tokens = len(plan["text"])
+    n_tokens = len(plan["chunks"][0])
     parts = range(1, settings.continuations + 1)
     plan["cuts"] = sorted({n_tokens * i // settings.continuations for i in parts})
     plan["n_continue"] = settings.continue_tokens
@@ -40,14 +41,14 @@ def _measure(args: argparse.Namespace) -> Report:
         return llm.tokenize(text.encode(), add_bos=False, special=True)
 
     n_tokens = min(args.text_tokens, trained)
-    text = ab_text.make_text(tokenize, llm.token_bos(), name, n_tokens, given)
+    chunks = ab_text.make_chunks(tokenize, llm.token_bos(), name, args.chunks, n_tokens, given)
     lengths = [n for n in args.lengths if n <= trained] or [trained]
     haystacks = ab_text.make_haystacks(tokenize, llm.token_bos(), name, lengths, args.haystacks, given)
     # the tokens that llama-perplexity scores of a chunk, unless that is too many
-    n_scored = max(1, min(n_tokens // 2 - 1, MOST_LOGITS // llm.n_vocab()))
+    n_scored = max(1, min(n_tokens // 2 - 1, MOST_LOGITS // llm.n_vocab() // args.chunks))
     decode = {"n_scored": n_scored, "n_decode": min(args.decode_tokens, n_scored), "n_ubatch": N_UBATCH}
     model = {"n_ctx_train": trained, "n_vocab": llm.n_vocab(), "name": name}
-    return model | decode | {"text": text, "haystacks": ab_text.describe(haystacks)}
+    return model | decode | {"chunks": chunks, "haystacks": ab_text.describe(haystacks)}
 
 
 def main() -> int:
@@ -55,6 +56,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--text-tokens", type=int, required=True)
     parser.add_argument("--decode-tokens", type=int, required=True)
+    parser.add_argument("--chunks", type=int, required=True)
     parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], required=True)
     parser.add_argument("--haystacks", type=int, required=True)
     return run_main(_measure, parser.parse_args())

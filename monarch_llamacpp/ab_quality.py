@@ -71,7 +71,8 @@ def _text_rows(report: Report, plan: Report) -> list[Row]:
     for way in ab_quality_child.WAYS:
         values = dict(report[way])
         held = {name: values.pop(name) for name in ("attended", "bytes_per_token", "bytes_per_further_token")}
-        held |= {"way": way, "n_tokens": len(plan["text"]), "n_ubatch": plan["n_ubatch"] if way == "prefill" else 1}
+        held |= {"way": way, "n_chunks": len(plan["chunks"]), "n_tokens": len(plan["chunks"][0])}
+        held |= {"n_ubatch": plan["n_ubatch"] if way == "prefill" else 1}
         held |= {"n_scored": plan["n_scored"] if way == "prefill" else plan["n_decode"]}
         held |= {"stats": report["stats"][way]}
         rows += [{"metric": metric, "value": value, **held} for metric, value in values.items()]

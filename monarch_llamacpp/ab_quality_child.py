@@ -124,7 +124,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Comparison:
-    """Of log-probabilities with those of the reference, row by row; without a reference, the file is written."""
+    """Of log-probabilities with those of the reference, row by row; without a reference, the file is written.
+
+    The change of perplexity comes from each token's own; its standard error takes tokens as independent of each other,
+    as llama-perplexity's does.
+    """
 
     def __init__(self, file: Path, targets: list[int], n_vocab: int, is_reference: bool) -> None:
         self._is_reference = is_reference
@@ -133,6 +137,7 @@ class Comparison:
         self._targets = targets
         self._done = 0
         self._loss: list[np.ndarray] = []
+        self._change: list[np.ndarray] = []
         self._divergence: list[np.ndarray] = []
         self._same: list[np.ndarray] = []
 
@@ -145,15 +150,19 @@ class Comparison:
         if self._is_reference:
             self._base[rows] = log_p
         base = self._base[rows].astype(np.float64)
-        self._loss.append(-log_p[np.arange(len(log_p)), self._targets[rows]])
+        target = np.arange(len(log_p)), self._targets[rows]
+        self._loss.append(-log_p[target])
+        self._change.append(base[target] - log_p[target])
         self._divergence.append((np.exp(base) * (base - log_p)).sum(axis=1))
         self._same.append(base.argmax(axis=1) == log_p.argmax(axis=1))
 
     def metrics(self) -> dict[str, float]:
-        loss, same = np.concatenate(self._loss), np.concatenate(self._same)
+        loss, change, same = map(np.concatenate, (self._loss, self._change, self._same))
         divergence = np.maximum(np.concatenate(self._divergence), 0.0)  # f32 rounding of the reference
         values = {
             "perplexity": np.exp(loss.mean()),
+            "perplexity_change": np.expm1(change.mean()),
+            "perplexity_change_stderr": change.std() / np.sqrt(len(change)),
             "kl_mean": divergence.mean(),
             "kl_median": np.median(divergence),
             "kl_p99": np.percentile(divergence, 99),
@@ -164,19 +173,24 @@ class Comparison:
 
 
 def _compare(runner: Runner, way: str, plan: Report, args: argparse.Namespace) -> dict[str, float]:
-    text = plan["text"]
     n_scored = plan["n_scored"] if way == "prefill" else plan["n_decode"]
-    first = len(text) - 1 - n_scored
-    comparison = Comparison(args.reference / f"{way}.npy", text[first + 1 :], plan["n_vocab"], args.is_reference)
+    targets = [token for chunk in plan["chunks"] for token in chunk[-n_scored:]]
+    comparison = Comparison(args.reference / f"{way}.npy", targets, plan["n_vocab"], args.is_reference)
+    for chunk in plan["chunks"]:
+        for logits in _predict(runner, way, chunk[:-1], len(chunk) - 1 - n_scored):
+            comparison.add(logits)
+    return comparison.metrics()
+
+
+def _predict(runner: Runner, way: str, tokens: list[int], first: int) -> Iterator[np.ndarray]:
+    """Logits of the tokens from the first scored one on."""
     runner.clear()
     if way == "prefill":
-        for logits in runner.read(text[:-1], first):
-            comparison.add(logits)
+        yield from runner.read(tokens, first)
     else:
-        _exhaust(runner.read(text[:first]))
-        for token in text[first:-1]:
-            comparison.add(runner.step([token]))
-    return comparison.metrics()
+        _exhaust(runner.read(tokens[:first]))
+        for token in tokens[first:]:
+            yield runner.step([token])
 
 
 def _exhaust(rows: Iterator[np.ndarray]) -> np.ndarray:
@@ -217,7 +231,8 @@ def _sizes(llm: Any, stats: Report | None, n_tokens: int) -> dict[str, float]:
 
 def _measure(args: argparse.Namespace) -> Report:
     plan = json.loads(args.plan.read_text(encoding="utf-8"))
-    longest = max([len(plan["text"]) + plan["n_continue"], *(len(h["tokens"]) + ROOM for h in plan["haystacks"])])
+    text = plan["chunks"][0]
+    longest = max([len(text) + plan["n_continue"], *(len(h["tokens"]) + ROOM for h in plan["haystacks"])])
     llm = open_model(args, longest + ROOM, plan["n_ubatch"])
     runner = Runner(llm, plan["n_ubatch"])
 
@@ -234,7 +249,7 @@ def _measure(args: argparse.Namespace) -> Report:
     report["written"] = []
     for cut in plan["cuts"]:
         runner.clear()
-        logits = _exhaust(runner.read(plan["text"][:cut]))
+        logits = _exhaust(runner.read(text[:cut]))
         trace = MassTrace(llm)
         report["written"].append(runner.write(logits, plan["n_continue"], trace.end_token))
     report["mass"] = trace.tokens

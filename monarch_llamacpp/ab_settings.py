@@ -20,6 +20,7 @@ class Preset:
     n_gen: int
     text_tokens: int
     decode_tokens: int
+    chunks: int
     lengths: str
     haystacks: int  # of each length
     continuations: int
@@ -27,8 +28,8 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset("0,2048", 5, 512, 64, 2048, 256, "1024,2048", 2, 2, 48),
-    "full": Preset("0,2048,8192", 5, 512, 128, 8192, 1024, "1024,4096,16384", 4, 4, 128),
+    "quick": Preset("0,2048", 5, 512, 64, 2048, 256, 1, "1024,2048", 2, 2, 48),
+    "full": Preset("0,2048,8192", 5, 512, 128, 8192, 1024, 4, "1024,4096,16384", 4, 4, 128),
 }
 
 
@@ -44,6 +45,7 @@ class Settings:
     text: Path | None = None
     text_tokens: int = 0
     decode_tokens: int = 0
+    chunks: int = 1
     lengths: Sequence[int] = ()
     haystacks: int = 1
     continuations: int = 1
@@ -75,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode-tokens", type=int, metavar="N", help=f"of them, one at a time (quick: {preset.decode_tokens})"
     )
+    parser.add_argument(
+        "--chunks", type=int, metavar="N", help=f"of the text, each of --text-tokens (quick: {preset.chunks})"
+    )
     parser.add_argument("--lengths", metavar="N,...", help=f"texts with needles (quick: {preset.lengths})")
 
 
@@ -97,7 +102,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 def _check_least(args: argparse.Namespace, values: dict) -> None:
     limits = (("reps", "--reps", 1), ("n_gen", "-n", 1), ("n_prompt", "-p", 0), ("text_tokens", "--text-tokens", 64))
-    for name, flag, least in (*limits, ("decode_tokens", "--decode-tokens", 1)):
+    for name, flag, least in (*limits, ("decode_tokens", "--decode-tokens", 1), ("chunks", "--chunks", 1)):
         if values[name] < least:
             raise UsageError(f"{flag} {values[name]}: allowed is {least} and more")
     if values["decode_tokens"] > values["text_tokens"] // 2:

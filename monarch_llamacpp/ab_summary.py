@@ -73,6 +73,11 @@ class Quality:
     def control_value(self, metric: str, way: str | None = None) -> float | None:
         return next((row["value"] for row in self.control if (row["metric"], row.get("way")) == (metric, way)), None)
 
+    def perplexity_change(self, arm: str, way: str) -> tuple[float, float] | None:
+        """Against stock f16, and its standard error; both shares."""
+        change, error = (self.value(arm, f"perplexity_change{name}", way) for name in ("", "_stderr"))
+        return None if change is None or error is None else (change, error)
+
     def needles(self, arm: str) -> dict[tuple[int, float], Row]:
         """By length and depth."""
         return {cell: row for (name, metric, _, cell), row in self._values.items()
@@ -123,11 +128,9 @@ def _memory_facts(rows: Sequence[Row], arm: str) -> list[tuple[str, bool]]:
 
 def _quality_facts(rows: Sequence[Row], arm: str) -> list[tuple[str, bool]]:
     quality = Quality([row for row in rows if row["row"] == "quality"])
-    ours = quality.value(arm, "perplexity", "decode")
     facts: list[tuple[str, bool]] = []
-    if ours and (base := quality.control_value("perplexity", "decode")):
-        change = ours / base - 1
-        facts.append((f"perplexity {change:+.2%}", change > PERPLEXITY_MARGIN))
+    if change := quality.perplexity_change(arm, "decode"):
+        facts.append((f"perplexity {change[0]:+.2%} ± {change[1]:.2%}", change[0] > PERPLEXITY_MARGIN))
     found, base_found = quality.recall(arm), quality.recall(STOCK)
     if found and base_found and base_found[0]:  # a model that finds none says nothing about the cache
         lost = found[0] / found[1] < base_found[0] / base_found[1] - RECALL_MARGIN

@@ -74,27 +74,34 @@ _STARTS = "Bar Bran Cal Dar Fen Gar Hol Kel Lan Mar Nor Pel Ros Sel Tar Win".spl
 _ENDS = "well ford ley ton dray low mond wick by stead".split()
 
 
-def make_text(tokenize: Tokenize, bos: int, name: str, n_tokens: int, given: str | None) -> list[int]:
-    """n_tokens, BOS first."""
-    if given is not None:
-        tokens = [bos, *tokenize(given)]
-        if len(tokens) < n_tokens:
-            few = f"the text has {len(tokens)} tokens, not {n_tokens}"
-            raise MonarchError(f"{few}: give a longer one, or fewer --text-tokens")
-        return tokens[:n_tokens]
+def make_chunks(
+    tokenize: Tokenize, bos: int, name: str, n_chunks: int, n_tokens: int, given: str | None
+) -> list[list[int]]:
+    """Each n_tokens, BOS first. Of a given text, those that llama-perplexity would take."""
+    if given is None:
+        return [_make_chunk(tokenize, bos, name, n_tokens, i) for i in range(n_chunks)]
+    tokens = [bos, *tokenize(given)]
+    if len(tokens) < n_chunks * n_tokens:
+        few = f"the text has {len(tokens)} tokens, not {n_chunks * n_tokens}"
+        fewer = "--text-tokens" + (" or --chunks" if n_chunks > 1 else "")
+        raise MonarchError(f"{few}: give a longer one, or fewer {fewer}")
+    return [[bos, *tokens[i * n_tokens + 1 : (i + 1) * n_tokens]] for i in range(n_chunks)]
+
+
+def _make_chunk(tokenize: Tokenize, bos: int, name: str, n_tokens: int, seed: int) -> list[int]:
     if name == recall.MODEL_NAME:
-        return _recall_dialogue(n_tokens)
+        return _recall_dialogue(n_tokens, seed)
     tokens = [bos]
-    for sentence in _story(n_tokens):
+    for sentence in _story(n_tokens, seed):
         tokens += tokenize(sentence)
         if len(tokens) >= n_tokens:
             return tokens[:n_tokens]
     raise AssertionError("a story has no end")
 
 
-def _story(n_tokens: int) -> Iterator[str]:
+def _story(n_tokens: int, seed: int) -> Iterator[str]:
     """Without end; facts of its first third come back in the rest, where only memory can tell their values."""
-    rng = random.Random("story")
+    rng = random.Random(f"story {seed}")
     facts: list[str] = []
     n_words = 0
     for i, sentence in enumerate(recall_text.make_sentences(rng)):
@@ -109,12 +116,12 @@ def _story(n_tokens: int) -> Iterator[str]:
             yield rng.choice(facts)
 
 
-def _recall_dialogue(n_tokens: int) -> list[int]:
+def _recall_dialogue(n_tokens: int, seed: int) -> list[int]:
     """A haystack, then its questions with their answers: all else is beyond the model, before and after."""
     n_needles = max(1, min(10, n_tokens // 128))
-    needles = recall_text.make_haystack(n_tokens, n_needles).needles  # the seed alone decides what they say
+    needles = recall_text.make_haystack(n_tokens, n_needles, seed).needles  # the seed alone decides what they say
     asked = [token for needle in needles for token in needle.question_tokens() + needle.answer_tokens()]
-    return recall_text.make_haystack(n_tokens - len(asked), n_needles).tokens + asked
+    return recall_text.make_haystack(n_tokens - len(asked), n_needles, seed).tokens + asked
 
 
 def make_haystacks(

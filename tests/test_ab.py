@@ -48,7 +48,8 @@ def memory_row(arm: str, kv_bytes: int = 1 << 31, stats: dict | None = None) -> 
 def quality_rows(arm: str, kl: float = 0.0123, control: bool = False) -> list[dict]:
     head = {"row": "quality", "arm": arm, "flash_attn": int(arm == "stock" and not control), "control": control}
     head |= {"knobs": None if arm.startswith("stock") else dict(Knobs(mode="paged"))}
-    metrics = {"perplexity": 12.345, "kl_mean": kl, "kl_median": kl, "kl_p99": kl, "kl_max": kl, "same_top": 0.987}
+    metrics = {"perplexity": 12.345, "perplexity_change": -0.0012, "perplexity_change_stderr": 0.0345}
+    metrics |= {"kl_mean": kl, "kl_median": kl, "kl_p99": kl, "kl_max": kl, "same_top": 0.987}
     rows = [{"metric": metric, "value": value, "way": way, "attended": 0.126, "bytes_per_token": 12345.6,
              "bytes_per_further_token": 3456.7}
             for metric, value in metrics.items() for way in ("prefill", "decode")]  # fmt: skip
@@ -160,7 +161,7 @@ def test_the_verdict_names_the_losses():
     rows += [memory_row("paged", 30, {"n_cold": 9}), *quality_rows("stock", control=True), *quality_rows("paged")]
     rows += quality_rows("stock-q4_0", kl=0.001)
     gains, losses = verdict(rows).split("; it loses: ")
-    assert "30% of stock's KV bytes" in gains and "perplexity +0.00%" in gains
+    assert "30% of stock's KV bytes" in gains and "perplexity -0.12% ± 3.45%" in gains
     assert "generate 100 at 0 0.50x" in losses and "stock-q4_0 0.001 in 1.00x the bytes" in losses
 
 
@@ -184,6 +185,8 @@ def test_divergence_of_a_known_pair(tmp_path):
     assert metrics["kl_max"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-5)
     assert metrics["kl_mean"] == pytest.approx(metrics["kl_max"] / 2)
     assert metrics["perplexity"] == pytest.approx((0.25 * 0.1) ** -0.5)
+    assert metrics["perplexity_change"] == pytest.approx(2**0.5 - 1)
+    assert metrics["perplexity_change_stderr"] == pytest.approx(np.log(2) / 2 / 2**0.5)
     assert metrics["same_top"] == 0.5
     with pytest.raises(MonarchError, match="not a number"):
         comparison.add(np.full((1, 2), np.nan))
@@ -196,7 +199,7 @@ def words(text: str) -> list[int]:
 
 def test_a_made_text_says_again_what_it_said_long_before():
     text: list[str] = []
-    ab_text.make_text(lambda sentence: text.append(sentence) or words(sentence), 1, "any", 1500, None)
+    ab_text.make_chunks(lambda sentence: text.append(sentence) or words(sentence), 1, "any", 1, 1500, None)
     facts = [sentence for sentence in text if any(char.isdigit() for char in sentence)]
     first = {sentence: text.index(sentence) for sentence in facts}
     late = [sentence for sentence in text[len(text) // 2 :] if sentence in first]
@@ -226,7 +229,13 @@ def test_an_answer_counts_when_it_is_whole():
 
 def test_a_text_too_short_is_refused():
     with pytest.raises(MonarchError, match="the text has 4 tokens, not 64: give a longer one"):
-        ab_text.make_text(words, 1, "any", 64, "a b c")
+        ab_text.make_chunks(words, 1, "any", 1, 64, "a b c")
+    with pytest.raises(MonarchError, match="the text has 6 tokens, not 8: .*or fewer --text-tokens or --chunks"):
+        ab_text.make_chunks(words, 1, "any", 2, 4, "a b c d e")
+
+
+def test_chunks_of_a_text_do_not_overlap():
+    assert ab_text.make_chunks(words, 0, "any", 2, 3, "a aa aaa aaaa aaaaa aaaaaa") == [[0, 1, 2], [0, 4, 5]]
 
 
 def test_resumed_rows_are_those_of_the_same_receipt(tmp_path):
@@ -421,19 +430,20 @@ def shipped(stock_bin, patched_bin, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shipped")
     (folder / "text.txt").write_text("".join(islice(recall_text.make_sentences(random.Random(1)), 200)))
     args = ["--text", folder / "text.txt", "--json", folder / "rows.json", "--html", folder / "page.html"]
-    args += ["--arms", "stock,paged", "--parts", "quality", *SMALL, "--text-tokens", 512, "--lengths", 256]
+    args += ["--arms", "stock,paged", "--parts", "quality", *SMALL, "--text-tokens", 512, "--chunks", 2]
+    args += ["--lengths", 256]
     result = run_ab(SHIPPED, *args)
     assert result.returncode == 0, result.stderr
     return folder
 
 
 def test_perplexity_of_stock_is_that_of_upstream_s_tool(shipped, stock_bin):
-    """llama-perplexity's first chunk, by hand."""
+    """llama-perplexity's first two chunks, by hand."""
     (ours,) = (row["value"] for row in read(shipped / "rows.json")
                if row.get("control") and (row["metric"], row.get("way")) == ("perplexity", "prefill"))  # fmt: skip
-    command = [stock_bin / "llama-perplexity", "-m", SHIPPED, "-f", shipped / "text.txt", "-c", "512", "--chunks", "1"]
+    command = [stock_bin / "llama-perplexity", "-m", SHIPPED, "-f", shipped / "text.txt", "-c", "512", "--chunks", "2"]
     result = subprocess.run([*command, "-fa", "off", "-t", "1"], capture_output=True, text=True, check=True)
-    (theirs,) = re.findall(r"\[1\](\d+\.\d+)", result.stdout + result.stderr)
+    (theirs,) = re.findall(r"\[2\](\d+\.\d+)", result.stdout + result.stderr)
     assert ours == pytest.approx(float(theirs), abs=6e-5)  # four digits are printed
 
 
