@@ -99,9 +99,16 @@ static int64_t monarch_attend_n_parts(const ggml_tensor * dst, int64_t n_tasks) 
     return std::min(n_tasks/std::gcd(n_tasks, n_head_kv), (2*n_tasks + n_head_kv - 1)/n_head_kv);
 }
 
+// ggml's work data lies anywhere, and vectors that straddle cache lines take twice as long
+#define MONARCH_WORK_ALIGNMENT 64
+
+static char * monarch_work_align(void * data) {
+    return (char *) GGML_PAD((uintptr_t) data, MONARCH_WORK_ALIGNMENT);
+}
+
 // [n_tasks][n_head_kv] counters, [n_head_kv] locks
 static size_t monarch_attend_counts_size(const ggml_tensor * dst, int64_t n_tasks) {
-    return GGML_PAD((n_tasks*sizeof(monarch_attend_count) + sizeof(std::atomic_flag))*dst->src[1]->ne[1], 64);
+    return GGML_PAD((n_tasks*sizeof(monarch_attend_count) + sizeof(std::atomic_flag))*dst->src[1]->ne[1], MONARCH_WORK_ALIGNMENT);
 }
 
 // fewer threads may have come than the scratch was planned for, and several sequences
@@ -111,7 +118,8 @@ static int64_t monarch_attend_fit_parts(const ggml_compute_params * params, cons
     }
 
     const int64_t n_head_kv = dst->src[1]->ne[1];
-    const int64_t n_fit     = (params->wsize - monarch_attend_counts_size(dst, params->nth))/monarch_attend_scratch_size(dst)/n_head_kv;
+    const int64_t n_bytes   = params->wsize - MONARCH_WORK_ALIGNMENT - monarch_attend_counts_size(dst, params->nth);
+    const int64_t n_fit     = n_bytes/(int64_t) monarch_attend_scratch_size(dst)/n_head_kv;
 
     return std::max<int64_t>(1, std::min(monarch_attend_n_parts(dst, params->nth), n_fit));
 }
@@ -180,13 +188,15 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
     const int64_t   n_parts = monarch_attend_fit_parts(params, dst);
     const int64_t   t_start = ggml_time_us();
 
-    monarch_attend_count * counts = (monarch_attend_count *) params->wdata;
+    char * work = monarch_work_align(params->wdata);
+
+    monarch_attend_count * counts = (monarch_attend_count *) work;
     monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
 
     attend.use_ref = params->use_ref;
     attend.locks   = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
 
-    char * scratch = (char *) params->wdata + monarch_attend_counts_size(dst, params->nth);
+    char * scratch = work + monarch_attend_counts_size(dst, params->nth);
 
     if (params->ith == 0) {
         monarch_attend_say_kernels(&attend);
@@ -311,5 +321,5 @@ size_t ggml_compute_forward_monarch_work_size(const ggml_tensor * dst, int n_tas
     const int64_t n_parts   = monarch_attend_n_parts(dst, n_tasks);
     const int64_t n_scratch = n_parts == 1 ? n_tasks : dst->src[1]->ne[1]*n_parts;
 
-    return monarch_attend_counts_size(dst, n_tasks) + n_scratch*monarch_attend_scratch_size(dst);
+    return MONARCH_WORK_ALIGNMENT + monarch_attend_counts_size(dst, n_tasks) + n_scratch*monarch_attend_scratch_size(dst);
 }
