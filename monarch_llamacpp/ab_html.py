@@ -88,6 +88,14 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
             cells = [cell + more for cell, more in zip(cells, held, strict=True)]
             control += ["-"] * len(_HELD)
             yield _table(["arm", *metrics, *_HELD.values()], [control, *cells] if quality.control else cells)
+        yield '<p class="note">what it finds, and what it writes on greedily against stock</p>'
+        yield _table(["arm", "needles", "bleu", "exact_match"], [_written_cells(quality, arm) for arm in quality.arms])
+
+
+def _written_cells(quality: Quality, arm: str) -> list[str]:
+    found = quality.recall(arm)
+    written = [_cell(quality.value(arm, metric)) for metric in ("bleu", "exact_match")]
+    return [arm, f"{found[0]} of {found[1]}" if found else "-", *written]
 
 
 def _speed_cell(speeds: Speeds, arm: str, test: tuple[int, int, int]) -> str:

@@ -93,15 +93,15 @@ def _page_cells(row: Row) -> tuple[str, str, str]:
 
 def _quality_table(quality: Quality) -> Table:
     title = "Quality against stock f16, token by token; prompt: KL through a prompt"
-    columns = "ppl", "change", "KL", "prompt", "top", "found", "BLEU", "same", "read", "bytes"
+    columns = "ppl", "change %", "KL", "prompt", "top", "found", "BLEU", "read", "bytes"
     table = _make_table(title, "arm", *columns)
     if quality.control:
         ppl, *others = _text_cells(quality.control_value)
-        table.add_row("control", ppl, "-", *others, *("-",) * 5)
+        table.add_row("control", ppl, "-", *others, *("-",) * 4)
     for arm in quality.arms:
         found, row = quality.recall(arm), quality.row(arm, "kl_mean", "decode")
-        written = f"{quality.value(arm, 'bleu'):.0f}", f"{quality.value(arm, 'exact_match'):.0%}"
-        cells = f"{found[0]}/{found[1]}" if found else "-", *written, f"{row['attended']:.0%}"
+        bleu = f"{quality.value(arm, 'bleu'):.0f}"
+        cells = f"{found[0]}/{found[1]}" if found else "-", bleu, f"{row['attended']:.0%}"
         ppl, *others = _text_cells(partial(quality.value, arm))
         table.add_row(arm, ppl, _change_cell(quality, arm), *others, *cells, f"{row['bytes_per_token']:.0f}")
     return table
@@ -109,7 +109,7 @@ def _quality_table(quality: Quality) -> Table:
 
 def _change_cell(quality: Quality, arm: str) -> str:
     change = quality.perplexity_change(arm, "decode")
-    return f"{100 * change[0]:+.1f}±{100 * change[1]:.1f}%" if change else "-"
+    return f"{100 * change[0]:+.1f}±{100 * change[1]:.1f}" if change else "-"
 
 
 def _text_cells(value: Callable[[str, str], float | None]) -> tuple[str, ...]:

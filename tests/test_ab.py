@@ -153,7 +153,7 @@ def test_vram_is_shown_where_there_is_some(capsys):
     print_report(Console(width=80), [*rows[:1], rows[1] | {"vram_bytes": 777 << 20}])
     shown = capsys.readouterr().out
     assert "VRAM" in shown and "777" in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
 
 
 def test_the_verdict_names_the_losses():
