@@ -108,8 +108,10 @@ def _quality_table(quality: Quality) -> Table:
 
 
 def _change_cell(quality: Quality, arm: str) -> str:
-    change = quality.perplexity_change(arm, "decode")
-    return f"{100 * change[0]:+.1f}±{100 * change[1]:.1f}" if change else "-"
+    if not (change := quality.perplexity_change(arm, "decode")):
+        return "-"
+    percent, error = (100 * share for share in change)
+    return f"{percent:+.1f}±{error:.1f}" if abs(percent) < 9.95 else f"{percent:+.0f}±{error:.0f}"
 
 
 def _text_cells(value: Callable[[str, str], float | None]) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def quality_rows(arm: str, kl: float = 0.0123, control: bool = False) -> list[di
     rows = [{"metric": metric, "value": value, "way": way, "attended": 0.126, "bytes_per_token": 12345.6,
              "bytes_per_further_token": 3456.7}
             for metric, value in metrics.items() for way in ("prefill", "decode")]  # fmt: skip
-    rows += [{"metric": "needle_recall", "length": 1024, "depth": 0.5, "value": 0.9, "n_found": 9, "n_needles": 10}]
+    rows += [{"metric": "needle_recall", "length": 1024, "depth": 0.5, "value": 0.9, "n_found": 18, "n_needles": 20}]
     rows += [{"metric": "bleu", "value": 66.6}, {"metric": "exact_match", "value": 0.5}]
     return [head | row for row in rows]
 
@@ -142,7 +142,7 @@ def test_report_fits_a_terminal(capsys):
     print_report(Console(width=80, highlight=False), rows)
     lines = capsys.readouterr().out.splitlines()
     assert not any("…" in line for line in lines)
-    assert [arm for arm in ARMS for line in lines if line.split()[:1] == [arm] and "9/10" in line] == list(ARMS)
+    assert [arm for arm in ARMS for line in lines if line.split()[:1] == [arm] and "18/20" in line] == list(ARMS)
     assert sum("12172.8 ±2%" in line and "1.00x" in line for line in lines) == len(depths) * len(ARMS)
 
 
@@ -402,7 +402,7 @@ def test_the_rest_is_not_measured_again(compared, recall_model, tmp_path):
     result = run_ab(recall_model, "--depths", "0,1024", *arms, *SMALL)
     assert result.returncode == 0, result.stderr
     steps = [line for line in result.stderr.splitlines() if " of " in line]
-    assert len(steps) == 5  # memory; reference, exact; warm-up and a repetition
+    assert len(steps) == 4  # memory; reference, exact; speed
     assert all("exact" in step or "reference" in step for step in steps)
     assert [row for row in read(file) if row.get("arm") == "exact"]
     now, before = ([json.dumps(row) for row in rows if row.get("arm") == "paged"] for rows in (read(file), kept))
