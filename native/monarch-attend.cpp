@@ -194,14 +194,16 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         monarch_row * row = &work->rows[ir];
 
-        const float hot = row->max + logf(row->sum);
-        const float max = std::max(monarch_find_max(n_pages, row->mass), hot);
+        float * mass = row->mass;
 
-        row->estimate_sum = kernel->exp(n_pages, row->mass, max);
+        const float hot = row->max + logf(row->sum);
+
+        const float max = std::max(monarch_find_max(n_pages, mass), hot);
+
+        row->estimate_sum = kernel->exp(n_pages, mass, max);
         row->estimate_max = max;
 
-        const float   inverse = 1.0f/(expf(hot - max) + row->estimate_sum);
-        const float * mass    = row->mass;
+        const float inverse = 1.0f/(expf(hot - max) + row->estimate_sum);
 
         for (int32_t i = 0; i < n_pages; ++i) {
             const float probability = mass[i]*inverse;
