@@ -156,7 +156,7 @@ def run_tool(arm: Arm, model: Path, args: argparse.Namespace, depth: int) -> flo
 
 
 def synthetic(shape: str) -> Path:
-    model = paths.cache_dir() / f"synth-{shape}-q4_0.gguf"
+    model = paths.cache_dir() / f"random-{shape}-q4_0.gguf"
     if not model.exists():
         synth_model.write_model(model, synth_model.SHAPES[shape], "q4_0")
     return model

@@ -39,9 +39,10 @@ def random_weights(rng: np.random.Generator, rows: int, cols: int, kind: str) ->
         drawn = (rng.standard_normal((rows_drawn, cols)) * cols**-0.5).astype(np.float16)
     else:
         blocks = np.empty((rows_drawn, cols // 32, 18), np.uint8)
-        scale = np.array([cols**-0.5 / 4.6], np.float16)  # nibbles less 8 have a standard deviation of 4.6
-        blocks[:, :, :2] = scale.view(np.uint8)
-        blocks[:, :, 2:] = rng.integers(0, 256, (rows_drawn, cols // 32, 16), np.uint8)
+        # of mean 0 and standard deviation 4.3: with 0 as well every query would look at its own key only
+        nibbles = rng.integers(1, 16, (2, rows_drawn, cols // 32, 16), np.uint8)
+        blocks[:, :, :2] = np.array([cols**-0.5 / 4.3], np.float16).view(np.uint8)
+        blocks[:, :, 2:] = nibbles[0] | nibbles[1] << 4
         drawn = blocks.reshape(rows_drawn, -1)
     return np.resize(drawn, (rows, drawn.shape[1]))
 
