@@ -24,14 +24,12 @@
 #define MONARCH_GROUPS MONARCH_COLD_STEP
 #define MONARCH_TILE   (MONARCH_GROUPS*MONARCH_LANES)
 
-#define MONARCH_SCORE_ROWS 8
-
-// of what 2-bit values add to a score: over MONARCH_TABLE_BYTES of codes it fits into a signed byte, though each of the up to
-// MONARCH_TABLES may have been rounded up by a half; two such sums are averaged
+// of what 2-bit values add to a score over MONARCH_TABLE_BYTES of codes, in up to MONARCH_TABLES tables, a signed byte holds two
+// thirds of the most: only keys that lie nearly as the query does reach more, and are the best as it is; two such sums are averaged
 #define MONARCH_TABLE_SIZE  64
 #define MONARCH_TABLE_BYTES 8
 #define MONARCH_TABLES      11
-#define MONARCH_TABLES_MAX  (127.0f - 0.5f*MONARCH_TABLES)
+#define MONARCH_TABLES_MAX  (1.5f*127.0f)
 
 #define MONARCH_SUM_BYTES   (2*MONARCH_TABLE_BYTES)
 #define MONARCH_SUMS_MAX    (MONARCH_MAX_HEAD_DIM/4/MONARCH_SUM_BYTES)
@@ -49,11 +47,6 @@ static inline int64_t monarch_tables_count(int64_t head_dim) {
     return n_bytes/MONARCH_TABLE_BYTES*MONARCH_TABLES + n_last + (n_last + 2)/3;
 }
 
-// odd in cache lines, lest the rows' scores of a group compete for one set of the cache
-static inline int64_t monarch_scores_stride(int64_t n_pages_max) {
-    return ((n_pages_max/MONARCH_LANES) | 1)*MONARCH_LANES;
-}
-
 struct monarch_avx512_work {
     int8_t  * q;       // [n_rows][MONARCH_Q_STRIDE] quantised queries, in the order of the K codes; summary weights while scoring
     int32_t * q_bias;  // [n_rows] what adding 128 to K adds to the dot products
@@ -67,10 +60,10 @@ struct monarch_avx512_work {
     float   * k;       // [head_dim][16] the same, transposed
     float   * v;       // [16][head_dim]
     uint8_t * tables;  // [n_tables][MONARCH_SCORE_ROWS][MONARCH_TABLE_SIZE] of summary weights
-    float   * scores;  // [MONARCH_SCORE_ROWS][monarch_scores_stride] by physical page
+    float   * scores;  // [MONARCH_SCORE_ROWS][monarch_mass_stride] by physical page, of those that are not scored in place
     float   * log_n;   // [n_pages_max] logarithm of a page's tokens
     int32_t * runs;    // [n_pages_max/16] first physical page where 16 table entries name consecutive ones with as many tokens, else -1
-    uint8_t * used;    // [n_pages_max/16] groups of summaries to be scored
+    uint8_t * used;    // [n_pages_max/16] groups of summaries to be scored by physical page
 };
 
 static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
@@ -88,7 +81,7 @@ static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char *
     work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
     work->tables  = (uint8_t *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
-    work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_scores_stride(n_pages_max)*sizeof(float);
+    work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_mass_stride(n_pages_max)*sizeof(float);
     work->log_n   = (float   *) ptr; ptr += n_pages_max*sizeof(float);
     work->runs    = (int32_t *) ptr; ptr += n_pages_max/MONARCH_LANES*sizeof(int32_t);
     work->used    = (uint8_t *) ptr; ptr += n_pages_max/MONARCH_LANES;
@@ -844,9 +837,9 @@ static inline int64_t monarch_group_size(int64_t head_dim) {
     return MONARCH_SUMMARY_GROUP*monarch_summary_size((int32_t) head_dim);
 }
 
-// scores of 16 pages for R rows; asks for the next 16
+// scores of 16 pages for R rows, each log_n greater; asks for the next 16
 template <int R>
-static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
+static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
     __m512 score[R];
     for (int r = 0; r < R; ++r) {
         score[r] = _mm512_setzero_ps();
@@ -885,7 +878,7 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
     }
 
     for (int r = 0; r < R; ++r) {
-        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(score[r], _mm512_set1_ps(kq_scale)));
+        _mm512_storeu_ps(dst + r*stride, _mm512_fmadd_ps(score[r], _mm512_set1_ps(kq_scale), _mm512_set1_ps(log_n)));
     }
 }
 
@@ -933,7 +926,7 @@ static void monarch_table_fill(const float * w, uint8_t * table) {
     for (int u2 = 0; u2 < 4; ++u2) {
         const __m512 value = _mm512_fmadd_ps(_mm512_set1_ps(w[2]), _mm512_set1_ps((float) u2), sum);
 
-        _mm_storeu_si128((__m128i *) (table + 16*u2), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+        _mm_storeu_si128((__m128i *) (table + 16*u2), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value)));
     }
 }
 
@@ -968,11 +961,11 @@ static void monarch_tables_init(const struct monarch_attend * attend, const stru
     *scale = max/MONARCH_TABLES_MAX;
 }
 
-// one table of each row
+// one table of each row; what is beyond a byte counts as its end
 template <int R>
 static inline void monarch_tables_look_up(__m512i index, const uint8_t * table, __m512i * sum) {
     for (int r = 0; r < R; ++r) {
-        sum[r] = _mm512_add_epi8(sum[r], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(table + r*MONARCH_TABLE_SIZE)));
+        sum[r] = _mm512_adds_epi8(sum[r], _mm512_permutexvar_epi8(index, _mm512_loadu_si512(table + r*MONARCH_TABLE_SIZE)));
     }
 }
 
@@ -1001,11 +994,11 @@ static inline void monarch_codes_look_up(const uint8_t * codes, int64_t n, int64
     monarch_tables_look_up<R>(monarch_codes_get_fourth(codes, n), table + n*R*MONARCH_TABLE_SIZE, sum);
 }
 
-// what up to MONARCH_TABLE_BYTES of four parts of 16 pages add up to, and 128
+// what up to MONARCH_TABLE_BYTES of four parts of 16 pages add up to
 template <int R>
 static inline void monarch_tables_add(const uint8_t * codes, int64_t n, int64_t group_size, const uint8_t * table, __m512i * sum) {
     for (int r = 0; r < R; ++r) {
-        sum[r] = _mm512_set1_epi8((int8_t) 0x80);
+        sum[r] = _mm512_setzero_si512();
     }
 
     int64_t i = 0;
@@ -1015,6 +1008,13 @@ static inline void monarch_tables_add(const uint8_t * codes, int64_t n, int64_t 
     if (i < n) {
         monarch_codes_look_up<R>(codes + i*64, n - i, group_size, table, sum);
     }
+}
+
+// of signed bytes
+static inline __m512i monarch_bytes_average(__m512i a, __m512i b) {
+    const __m512i sign = _mm512_set1_epi8((int8_t) 0x80);
+
+    return _mm512_xor_si512(_mm512_avg_epu8(_mm512_xor_si512(a, sign), _mm512_xor_si512(b, sign)), sign);
 }
 
 // half of what up to MONARCH_SUM_BYTES add up to
@@ -1032,7 +1032,7 @@ static inline void monarch_parts_add(const uint8_t * codes, int64_t n, int64_t g
     monarch_tables_add<R>(codes + n_first*64, n - n_first, group_size, table + MONARCH_TABLES*R*MONARCH_TABLE_SIZE, sum);
 
     for (int r = 0; r < R; ++r) {
-        dst[r] = _mm512_xor_si512(_mm512_avg_epu8(dst[r], sum[r]), _mm512_set1_epi8((int8_t) 0x80));
+        dst[r] = monarch_bytes_average(dst[r], sum[r]);
     }
 }
 
@@ -1103,9 +1103,9 @@ static inline __m512 monarch_parts_find_best(const __m512i * sums, int64_t n, in
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(pair, 16)), scales->unit);
 }
 
-// scores of 16 pages for R rows; asks for the 16 after the next: the next would come too late from memory
+// scores of 16 pages for R rows, each log_n greater; asks for the 16 after the next: the next would come too late from memory
 template <int R>
-static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride) {
+static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
     const int64_t n_bytes    = head_dim/4;
     const int64_t n_sums     = (n_bytes + MONARCH_SUM_BYTES - 1)/MONARCH_SUM_BYTES;
     const int64_t group_size = 2*monarch_group_size(head_dim);
@@ -1136,8 +1136,13 @@ static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const s
     for (int r = 0; r < R; ++r) {
         const __m512 best = monarch_parts_find_best(&sums[0][r], n_sums, R, &scales, shift);
 
-        _mm512_storeu_ps(dst + r*stride, _mm512_mul_ps(best, _mm512_set1_ps(unit*query->scale[r][0])));
+        _mm512_storeu_ps(dst + r*stride, _mm512_fmadd_ps(best, _mm512_set1_ps(unit*query->scale[r][0]), _mm512_set1_ps(log_n)));
     }
+}
+
+// such pages are a group: their scores need no gather
+static bool monarch_run_is_group(int32_t run) {
+    return run >= 0 && run%MONARCH_SUMMARY_GROUP == 0;
 }
 
 // n table entries from i on: where they lie and how many tokens they hold
@@ -1171,17 +1176,22 @@ static void monarch_score_find_run(const struct monarch_attend * attend, const f
         return;
     }
 
-    avx512->used[page/MONARCH_SUMMARY_GROUP] = avx512->used[(page + MONARCH_LANES - 1)/MONARCH_SUMMARY_GROUP] = 1;
+    if (!monarch_run_is_group(page)) {
+        avx512->used[page/MONARCH_SUMMARY_GROUP] = avx512->used[(page + MONARCH_LANES - 1)/MONARCH_SUMMARY_GROUP] = 1;
+    }
     avx512->runs[i/MONARCH_LANES] = page;
 
     _mm512_storeu_ps(avx512->log_n + i, _mm512_set1_ps(log_table[monarch_mask_count(mask)]));
 }
 
-// from physical to table order, and the pages' token counts
+// from physical to table order, and the pages' token counts; of those that were not scored in place
 static void monarch_score_gather(const struct monarch_attend * attend, const struct monarch_avx512_work * avx512, int32_t i0, int32_t i1, const float * scores, float * dst) {
     for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
         const int32_t run = avx512->runs[i/MONARCH_LANES];
 
+        if (monarch_run_is_group(run)) {
+            continue;
+        }
         if (run >= 0) {
             _mm512_storeu_ps(dst + i, _mm512_add_ps(_mm512_loadu_ps(scores + run), _mm512_loadu_ps(avx512->log_n + i)));
             continue;
@@ -1192,7 +1202,7 @@ static void monarch_score_gather(const struct monarch_attend * attend, const str
     }
 }
 
-typedef void (*monarch_score_kernel)(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float * dst, int64_t stride);
+typedef void (*monarch_score_kernel)(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride);
 
 // of the kernel for at least n
 static int64_t monarch_score_count_rows(int64_t n) {
@@ -1236,11 +1246,46 @@ static void monarch_score_query_init(const struct monarch_attend * attend, const
     }
 }
 
+// n rows from ir on
+static void monarch_score_rows(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t ir, int64_t n, int32_t i0, int32_t i1, const struct monarch_avx512_work * avx512) {
+    const int32_t head_dim = attend->op.codec.head_dim;
+    const float   kq_scale = attend->op.kq_scale;
+    const int64_t stride   = monarch_mass_stride(attend->n_pages_max);
+
+    const auto score_group = monarch_score_find_kernel(attend->op.scorer, n);
+
+    struct monarch_score_query query;
+    monarch_score_query_init(attend, &work->rows[ir], n, avx512, &query);
+
+    for (int32_t i = i0; i + MONARCH_LANES <= i1; i += MONARCH_LANES) {
+        const int32_t run = avx512->runs[i/MONARCH_LANES];
+
+        if (monarch_run_is_group(run)) {
+            const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, run);
+
+            score_group(head_dim, group, &query, kq_scale, avx512->log_n[i], work->rows[ir].mass + i, stride);
+        }
+    }
+
+    bool has_used = false;
+
+    for (int64_t g = 0; g < attend->n_pages_max/MONARCH_SUMMARY_GROUP; ++g) {
+        if (avx512->used[g]) {
+            has_used = true;
+
+            const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
+
+            score_group(head_dim, group, &query, kq_scale, 0.0f, avx512->scores + g*MONARCH_SUMMARY_GROUP, stride);
+        }
+    }
+
+    for (int64_t r = 0; r < n && has_used; ++r) {
+        monarch_score_gather(attend, avx512, i0, i1, avx512->scores + r*stride, work->rows[ir + r].mass);
+    }
+}
+
 static void monarch_avx512_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1) {
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
-
-    const int32_t head_dim = attend->op.codec.head_dim;
-    const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
     for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
@@ -1248,7 +1293,7 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     }
 
     // groups that hold none of these pages are skipped
-    memset(avx512.used, 0, n_groups);
+    memset(avx512.used, 0, attend->n_pages_max/MONARCH_SUMMARY_GROUP);
 
     int32_t i = i0;
     for (; i + MONARCH_LANES <= i1; i += MONARCH_LANES) {
@@ -1259,24 +1304,7 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     }
 
     for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_SCORE_ROWS) {
-        const int64_t n = MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir);
-
-        const auto score_group = monarch_score_find_kernel(attend->op.scorer, n);
-
-        struct monarch_score_query query;
-        monarch_score_query_init(attend, &work->rows[ir], n, &avx512, &query);
-
-        for (int64_t g = 0; g < n_groups; ++g) {
-            if (avx512.used[g]) {
-                const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
-
-                score_group(head_dim, group, &query, attend->op.kq_scale, avx512.scores + g*MONARCH_SUMMARY_GROUP, monarch_scores_stride(attend->n_pages_max));
-            }
-        }
-
-        for (int64_t r = 0; r < n; ++r) {
-            monarch_score_gather(attend, &avx512, i0, i1, avx512.scores + r*monarch_scores_stride(attend->n_pages_max), work->rows[ir + r].mass);
-        }
+        monarch_score_rows(attend, head_kv, work, ir, MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir), i0, i1, &avx512);
     }
 }
 

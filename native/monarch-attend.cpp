@@ -81,7 +81,7 @@ static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_d
     work->rows        = (monarch_row *) monarch_work_take(&ptr, n_rows*sizeof(monarch_row));
     work->vectors     = (float *)       monarch_work_take(&ptr, 3*n_rows*head_dim*sizeof(float));
     work->v_sum       = (float *)       monarch_work_take(&ptr, head_dim*sizeof(float));
-    work->mass        = (float *)       monarch_work_take(&ptr, n_rows*n_pages_max*sizeof(float));
+    work->mass        = (float *)       monarch_work_take(&ptr, (n_rows + MONARCH_SCORE_ROWS - 1)*monarch_mass_stride(n_pages_max)*sizeof(float));
     work->probability = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->rank        = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->chosen      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
@@ -129,7 +129,7 @@ static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, in
         row->q_rot   = work->vectors + (3*ir + 0)*head_dim;
         row->hot     = work->vectors + (3*ir + 1)*head_dim;
         row->cold    = work->vectors + (3*ir + 2)*head_dim;
-        row->mass    = work->mass + ir*attend->n_pages_max;
+        row->mass    = work->mass + ir*monarch_mass_stride(attend->n_pages_max);
         row->n_mass  = 0;
         row->i_token = i_token;
         row->max     = -INFINITY;
@@ -463,7 +463,7 @@ void monarch_attend_part_cold(const monarch_attend * attend, const monarch_part 
     work.n_chosen = i1 - i0;
 
     for (int64_t ir = 0; ir < work.n_rows; ++ir) {
-        work.rows[ir].mass = work.mass + ir*attend->n_pages_max + i0;
+        work.rows[ir].mass = work.mass + ir*monarch_mass_stride(attend->n_pages_max) + i0;
     }
     if (attend->mode == MONARCH_MODE_PAGED) {
         monarch_rows_clear_mass(&work);

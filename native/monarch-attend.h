@@ -59,7 +59,7 @@ struct monarch_work {
     float              * vectors;     // [n_rows][3][head_dim]
     float              * v_sum;       // [head_dim] over the V of the ring that the block's first token sees
     int64_t              n_v;         // of them
-    float              * mass;        // [n_rows][n_pages_max] estimated, then measured
+    float              * mass;        // [n_rows + MONARCH_SCORE_ROWS - 1][monarch_mass_stride] estimated, then measured
     float              * probability; // [n_pages_max]
     float              * rank;        // [n_pages_max]
     int32_t            * chosen;      // [n_pages_max] indices into the table
@@ -72,6 +72,14 @@ struct monarch_work {
 // slots and chosen pages that kernels take together: parts do not cut them apart
 #define MONARCH_HOT_STEP  16
 #define MONARCH_COLD_STEP 2
+
+// rows that kernels score together: the last may write masses of rows that are not there
+#define MONARCH_SCORE_ROWS 8
+
+// odd in cache lines, lest the rows' masses of a page compete for one set of the cache
+static inline int64_t monarch_mass_stride(int64_t n_pages_max) {
+    return ((n_pages_max/16) | 1)*16;
+}
 
 struct monarch_kernel {
     const char * name;

@@ -109,31 +109,37 @@ static float monarch_rank_guess_least(int32_t n_pages, const float * rank, int32
     return monarch_rank_find_bound(MONARCH_RANK_SETS, maxima, n, 0.0f).least;
 }
 
-// most pages are none of the best: those are passed over many at a time
-static int32_t monarch_rank_list_best(int32_t n_pages, const float * rank, monarch_rank_bound bound, int32_t * best) {
+// Which pages are as good as least. Most are not: those are passed over many at a time.
+static int32_t monarch_rank_list(int32_t n_pages, const float * rank, float least, int32_t * listed) {
     int32_t n = 0;
 
     for (int32_t i0 = 0; i0 < n_pages; i0 += MONARCH_RANK_BLOCK) {
         const int32_t i1 = std::min(i0 + MONARCH_RANK_BLOCK, n_pages);
 
-        if (monarch_rank_count(i1 - i0, rank + i0, bound.least) == 0) {
+        if (monarch_rank_count(i1 - i0, rank + i0, least) == 0) {
             continue;
         }
         for (int32_t i = i0; i < i1; ++i) {
-            best[n] = i;
+            listed[n] = i;
 
-            n += rank[i] > bound.least || (rank[i] == bound.least && i >= bound.first);
+            n += rank[i] >= least;
         }
     }
     return n;
 }
 
-// of the n best, or of all that are ranked
-static monarch_rank_bound monarch_rank_bound_best(int32_t n_pages, const float * rank, int32_t n) {
-    if (monarch_rank_count(n_pages, rank, 0.0f) <= n) {
-        return { 0.0f, 0 };
+// the n best of those listed, which are at least n, stay; their ranks move to the front
+static void monarch_rank_keep_best(int32_t n_listed, float * rank, int32_t n, float least, int32_t * listed) {
+    for (int32_t i = 0; i < n_listed; ++i) {
+        rank[i] = rank[listed[i]];
     }
-    return monarch_rank_find_bound(n_pages, rank, n, monarch_rank_guess_least(n_pages, rank, n));
+    const monarch_rank_bound bound = monarch_rank_find_bound(n_listed, rank, n, least);
+
+    for (int32_t i = 0, j = 0; i < n_listed; ++i) {
+        listed[j] = listed[i];
+
+        j += rank[i] > bound.least || (rank[i] == bound.least && i >= bound.first);
+    }
 }
 
 static float monarch_policy_rank_page(const monarch_policy * policy, uint8_t count, float importance, float probability) {
@@ -177,7 +183,15 @@ int32_t monarch_policy_select(
         return 0;
     }
 
-    return monarch_rank_list_best(n_pages, rank, monarch_rank_bound_best(n_pages, rank, policy->n_budget), chosen);
+    const float   least    = monarch_rank_guess_least(n_pages, rank, policy->n_budget);
+    const int32_t n_listed = monarch_rank_list(n_pages, rank, least, chosen);
+
+    if (n_listed <= policy->n_budget) {
+        return n_listed;
+    }
+
+    monarch_rank_keep_best(n_listed, rank, policy->n_budget, least, chosen);
+    return policy->n_budget;
 }
 
 // the log's entry of a page: another sequence may have made it in this step

@@ -144,8 +144,8 @@ static void table_fill(const test_case & c, int64_t n_pages_max, int32_t * table
     const uint32_t all = c.page_size == 32 ? 0xffffffff : (1u << c.page_size) - 1;
 
     for (int32_t i = 0; i < c.n_pages; ++i) {
-        // long runs of neighbours, as there are until pages are recycled, then none; 16 whole ones first, of two groups
-        entries[i].page = i < c.n_pages/2 ? i + 1 : (int32_t) (n_pages_max - 1 - (i - c.n_pages/2));
+        // long runs of neighbours, as there are until pages are recycled, then none; 16 whole ones first, of one group or of two
+        entries[i].page = i < c.n_pages/2 ? i + c.n_pages%2 : (int32_t) (n_pages_max - 1 - (i - c.n_pages/2));
         entries[i].mask = i % 5 == 3 && i >= 16 ? (random_bits() & all) | 1u << random_bits() % c.page_size : all;
     }
 }
