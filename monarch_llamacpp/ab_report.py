@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .ab_arms import STOCK
 from .ab_rows import Row
-from .ab_summary import MARGIN, Quality, Speeds, Test, speed, test_name, unique, verdict
+from .ab_summary import Quality, Speeds, Test, noise, speed, test_name, unique, verdict
 from .chat_view import MIB
 
 _NOISY = 0.20  # standard deviation over mean
@@ -57,14 +57,12 @@ def _speed_cells(speeds: Speeds, arm: str, test: Test) -> tuple[str, str]:
     row, ratio = speeds.row(arm, test), speeds.ratio(arm, test)
     if row is None:
         return "-", "-"
-    noise = f" ±{100 * _noise(row):.0f}%" if len(row["samples_ts"]) > 1 else ""
-    return f"{speed(row):.1f}{noise}", _ratio_cell(ratio)
+    spread = f" ±{100 * noise(row):.0f}%" if len(row["samples_ts"]) > 1 else ""
+    return f"{speed(row):.1f}{spread}", "-" if ratio is None else _ratio_cell(ratio, speeds.margin(arm, test))
 
 
-def _ratio_cell(ratio: float | None) -> str:
-    if ratio is None:
-        return "-"
-    color = "red" if ratio < 1 - MARGIN else "green" if ratio > 1 + MARGIN else "default"
+def _ratio_cell(ratio: float, margin: float) -> str:
+    color = "red" if ratio < 1 - margin else "green" if ratio > 1 + margin else "default"
     return f"[{color}]{ratio:.2f}x[/]"
 
 
@@ -143,11 +141,7 @@ def _nothing_cold_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _noise_notes(rows: Sequence[Row]) -> list[str]:
-    noisy = sum(_noise(row) > _NOISY for row in rows)
+    noisy = sum(noise(row) > _NOISY for row in rows)
     if not noisy:
         return []
     return [f"{noisy} of {len(rows)} rows vary by more than {100 * _NOISY:.0f}%: stop other programs, or raise --reps"]
-
-
-def _noise(row: Row) -> float:
-    return row["stddev_ts"] / row["avg_ts"]

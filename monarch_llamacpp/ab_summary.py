@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
 from .ab_arms import STOCK
 from .ab_rows import Row
 
-# nearer to stock than this is called equal
+# nearer to stock than this is called equal, and so is what noise may be
 MARGIN = 0.05
 RECALL_MARGIN = 0.02
 PERPLEXITY_MARGIN = 0.003
@@ -46,6 +47,11 @@ class Speeds:
     def ratio(self, arm: str, test: Test) -> float | None:
         row, stock = self.row(arm, test), self.row(STOCK, test)
         return speed(row) / speed(stock) if row and stock else None
+
+    def margin(self, arm: str, test: Test) -> float:
+        """By how much the ratio must differ from 1 to be a difference: two standard errors, if that is more."""
+        rows = (self.row(arm, test), self.row(STOCK, test))
+        return max(MARGIN, 2 * math.hypot(*(_standard_error(row) for row in rows if row)))
 
 
 class Quality:
@@ -110,7 +116,7 @@ def _speed_facts(rows: Sequence[Row], arm: str) -> list[tuple[str, bool]]:
     speeds = Speeds(row for row in rows if row["row"] == "speed")
     facts = []
     for test in speeds.tests:
-        if (ratio := speeds.ratio(arm, test)) and abs(ratio - 1) > MARGIN:
+        if (ratio := speeds.ratio(arm, test)) and abs(ratio - 1) > speeds.margin(arm, test):
             facts.append((f"{test_name(test)} {ratio:.2f}x stock's speed", ratio < 1))
     return facts
 
@@ -153,6 +159,16 @@ def _beaten_facts(quality: Quality, arm: str) -> list[tuple[str, bool]]:
 def speed(row: Row) -> float:
     """One slow repetition on a busy machine says nothing about an arm."""
     return statistics.median(row["samples_ts"])
+
+
+def noise(row: Row) -> float:
+    """The samples' standard deviation, relative."""
+    return row["stddev_ts"] / row["avg_ts"]
+
+
+def _standard_error(row: Row) -> float:
+    """Of the median, relative, as if the samples were normal."""
+    return noise(row) * math.sqrt(math.pi / 2 / len(row["samples_ts"]))
 
 
 def test_name(test: Test) -> str:

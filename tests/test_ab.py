@@ -165,6 +165,15 @@ def test_the_verdict_names_the_losses():
     assert "generate 100 at 0 0.50x" in losses and "stock-q4_0 0.001 in 1.00x the bytes" in losses
 
 
+def test_what_noise_may_be_is_no_loss():
+    noisy = [60.0, 130.0, 80.0, 90.0, 70.0]
+    rows = [speed_row("stock", [100.0] * 5), speed_row("paged", noisy), memory_row("paged", 30, {"n_cold": 9})]
+    rows[1]["knobs"] = dict(Knobs(mode="paged"))
+    assert "loses" not in verdict(rows)
+    rows[1] = speed_row("paged", [ts / 2 for ts in noisy]) | {"knobs": rows[1]["knobs"]}
+    assert "it loses: generate 100 at 0 0.40x" in verdict(rows)
+
+
 def test_knobs_given_for_one_arm(monkeypatch):
     monkeypatch.setattr("monarch_llamacpp.library.stock_dir", lambda: Path("/stock"))
     monkeypatch.setattr("monarch_llamacpp.library.patched_dir", lambda: Path("/patched"))
