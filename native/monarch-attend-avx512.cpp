@@ -69,22 +69,22 @@ struct monarch_avx512_work {
 static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     char * ptr = base;
 
-    work->q       = (int8_t  *) ptr; ptr += (n_rows + MONARCH_SCORE_ROWS*2)*MONARCH_Q_STRIDE;
-    work->q_bias  = (int32_t *) ptr; ptr += (n_rows*sizeof(int32_t) + 63)/64*64;
-    work->q_scale = (float   *) ptr; ptr += (n_rows*2*sizeof(float) + 63)/64*64;
-    work->sums    = (float   *) ptr; ptr += n_rows*MONARCH_LANES*sizeof(float);
-    work->weights = (float   *) ptr; ptr += 8*MONARCH_LANES*sizeof(float);
-    work->logits  = (float   *) ptr; ptr += n_rows*MONARCH_TILE*sizeof(float);
-    work->w       = (uint8_t *) ptr; ptr += (n_rows*MONARCH_TILE + 63)/64*64;
-    work->w_scale = (float   *) ptr; ptr += (n_rows*sizeof(float) + 63)/64*64;
-    work->k_rows  = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
-    work->k       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
-    work->v       = (float   *) ptr; ptr += head_dim*MONARCH_LANES*sizeof(float);
-    work->tables  = (uint8_t *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE;
-    work->scores  = (float   *) ptr; ptr += MONARCH_SCORE_ROWS*monarch_mass_stride(n_pages_max)*sizeof(float);
-    work->log_n   = (float   *) ptr; ptr += n_pages_max*sizeof(float);
-    work->runs    = (int32_t *) ptr; ptr += n_pages_max/MONARCH_LANES*sizeof(int32_t);
-    work->used    = (uint8_t *) ptr; ptr += n_pages_max/MONARCH_LANES;
+    work->q       = (int8_t  *) monarch_work_take(&ptr, (n_rows + MONARCH_SCORE_ROWS*2)*MONARCH_Q_STRIDE);
+    work->q_bias  = (int32_t *) monarch_work_take(&ptr, n_rows*sizeof(int32_t));
+    work->q_scale = (float   *) monarch_work_take(&ptr, n_rows*2*sizeof(float));
+    work->sums    = (float   *) monarch_work_take(&ptr, n_rows*MONARCH_LANES*sizeof(float));
+    work->weights = (float   *) monarch_work_take(&ptr, 8*MONARCH_LANES*sizeof(float));
+    work->logits  = (float   *) monarch_work_take(&ptr, n_rows*MONARCH_TILE*sizeof(float));
+    work->w       = (uint8_t *) monarch_work_take(&ptr, n_rows*MONARCH_TILE);
+    work->w_scale = (float   *) monarch_work_take(&ptr, n_rows*sizeof(float));
+    work->k_rows  = (float   *) monarch_work_take(&ptr, head_dim*MONARCH_LANES*sizeof(float));
+    work->k       = (float   *) monarch_work_take(&ptr, head_dim*MONARCH_LANES*sizeof(float));
+    work->v       = (float   *) monarch_work_take(&ptr, head_dim*MONARCH_LANES*sizeof(float));
+    work->tables  = (uint8_t *) monarch_work_take(&ptr, MONARCH_SCORE_ROWS*monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE);
+    work->scores  = (float   *) monarch_work_take(&ptr, MONARCH_SCORE_ROWS*monarch_mass_stride(n_pages_max)*sizeof(float));
+    work->log_n   = (float   *) monarch_work_take(&ptr, n_pages_max*sizeof(float));
+    work->runs    = (int32_t *) monarch_work_take(&ptr, n_pages_max/MONARCH_LANES*sizeof(int32_t));
+    work->used    = (uint8_t *) monarch_work_take(&ptr, n_pages_max/MONARCH_LANES);
 
     return ptr - base;
 }

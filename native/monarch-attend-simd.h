@@ -63,12 +63,6 @@ struct monarch_simd_work {
     uint8_t * used;   // [n_pages_max/16] groups of summaries to be scored
 };
 
-static char * monarch_simd_take(char ** ptr, size_t size) {
-    char * res = *ptr;
-    *ptr += (size + 63)/64*64;
-    return res;
-}
-
 // with base == NULL only the size counts
 static size_t monarch_simd_work_init(struct monarch_simd_work * simd, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     char * ptr = base;
@@ -77,20 +71,20 @@ static size_t monarch_simd_work_init(struct monarch_simd_work * simd, char * bas
     const size_t  f_rows = (n_rows + MONARCH_LANES)*sizeof(float);
     const size_t  f_tile = MONARCH_TILE*sizeof(float);
 
-    simd->q       = (int8_t *) monarch_simd_take(&ptr, n_q*head_dim);
-    simd->q_scale = (float  *) monarch_simd_take(&ptr, f_rows);
-    simd->mask    = (float  *) monarch_simd_take(&ptr, n_rows*f_tile);
-    simd->logits  = (float  *) monarch_simd_take(&ptr, n_rows*f_tile);
-    simd->top     = (float  *) monarch_simd_take(&ptr, f_rows);
-    simd->factor  = (float  *) monarch_simd_take(&ptr, f_rows);
-    simd->w       = (int8_t *) monarch_simd_take(&ptr, n_rows*MONARCH_TILE);
-    simd->k_rows  = (float  *) monarch_simd_take(&ptr, head_dim*f_tile);
-    simd->k       = (float  *) monarch_simd_take(&ptr, head_dim*f_tile);
-    simd->v       = (float  *) monarch_simd_take(&ptr, head_dim*f_tile);
-    simd->tables  = (int8_t *) monarch_simd_take(&ptr, MONARCH_ROWS*head_dim/2*MONARCH_TABLE_SIZE);
-    simd->scores  = (float  *) monarch_simd_take(&ptr, MONARCH_ROWS*n_pages_max*sizeof(float));
-    simd->log_n   = (float  *) monarch_simd_take(&ptr, n_pages_max*sizeof(float));
-    simd->used    = (uint8_t *) monarch_simd_take(&ptr, n_pages_max/MONARCH_SUMMARY_GROUP);
+    simd->q       = (int8_t *) monarch_work_take(&ptr, n_q*head_dim);
+    simd->q_scale = (float  *) monarch_work_take(&ptr, f_rows);
+    simd->mask    = (float  *) monarch_work_take(&ptr, n_rows*f_tile);
+    simd->logits  = (float  *) monarch_work_take(&ptr, n_rows*f_tile);
+    simd->top     = (float  *) monarch_work_take(&ptr, f_rows);
+    simd->factor  = (float  *) monarch_work_take(&ptr, f_rows);
+    simd->w       = (int8_t *) monarch_work_take(&ptr, n_rows*MONARCH_TILE);
+    simd->k_rows  = (float  *) monarch_work_take(&ptr, head_dim*f_tile);
+    simd->k       = (float  *) monarch_work_take(&ptr, head_dim*f_tile);
+    simd->v       = (float  *) monarch_work_take(&ptr, head_dim*f_tile);
+    simd->tables  = (int8_t *) monarch_work_take(&ptr, MONARCH_ROWS*head_dim/2*MONARCH_TABLE_SIZE);
+    simd->scores  = (float  *) monarch_work_take(&ptr, MONARCH_ROWS*n_pages_max*sizeof(float));
+    simd->log_n   = (float  *) monarch_work_take(&ptr, n_pages_max*sizeof(float));
+    simd->used    = (uint8_t *) monarch_work_take(&ptr, n_pages_max/MONARCH_SUMMARY_GROUP);
 
     return ptr - base;
 }

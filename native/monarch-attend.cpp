@@ -66,12 +66,6 @@ static size_t monarch_kernel_work_size(int32_t head_dim, int64_t n_rows, int64_t
 // scratch
 //
 
-static char * monarch_work_take(char ** ptr, size_t size) {
-    char * res = *ptr;
-    *ptr += (size + 63)/64*64;
-    return res;
-}
-
 // with base == nullptr only the size counts
 static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     char * ptr = base;

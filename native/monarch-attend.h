@@ -52,6 +52,15 @@ struct monarch_row {
     float         estimate_sum; // of all pages, on that scale
 };
 
+// of scratch and of each array in it: a vector that straddles two cache lines takes twice as long
+#define MONARCH_WORK_ALIGNMENT 64
+
+static inline char * monarch_work_take(char ** ptr, size_t size) {
+    char * res = *ptr;
+    *ptr += (size + MONARCH_WORK_ALIGNMENT - 1)/MONARCH_WORK_ALIGNMENT*MONARCH_WORK_ALIGNMENT;
+    return res;
+}
+
 // a thread's scratch
 struct monarch_work {
     struct monarch_row * rows;        // [n_rows]

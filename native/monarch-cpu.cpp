@@ -99,9 +99,7 @@ static int64_t monarch_attend_n_parts(const ggml_tensor * dst, int64_t n_tasks) 
     return std::min(n_tasks/std::gcd(n_tasks, n_head_kv), (2*n_tasks + n_head_kv - 1)/n_head_kv);
 }
 
-// ggml's work data lies anywhere, and vectors that straddle cache lines take twice as long
-#define MONARCH_WORK_ALIGNMENT 64
-
+// ggml's work data lies anywhere
 static char * monarch_work_align(void * data) {
     return (char *) GGML_PAD((uintptr_t) data, MONARCH_WORK_ALIGNMENT);
 }
