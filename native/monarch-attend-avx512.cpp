@@ -1261,9 +1261,7 @@ static void monarch_score_rows(const struct monarch_attend * attend, int64_t hea
         const int32_t run = avx512->runs[i/MONARCH_LANES];
 
         if (monarch_run_is_group(run)) {
-            const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, run);
-
-            score_group(head_dim, group, &query, kq_scale, avx512->log_n[i], work->rows[ir].mass + i, stride);
+            score_group(head_dim, monarch_attend_get_group(attend, head_kv, run), &query, kq_scale, avx512->log_n[i], work->rows[ir].mass + i, stride);
         }
     }
 
@@ -1273,7 +1271,7 @@ static void monarch_score_rows(const struct monarch_attend * attend, int64_t hea
         if (avx512->used[g]) {
             has_used = true;
 
-            const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP);
+            const uint8_t * group = monarch_attend_get_group(attend, head_kv, g*MONARCH_SUMMARY_GROUP);
 
             score_group(head_dim, group, &query, kq_scale, 0.0f, avx512->scores + g*MONARCH_SUMMARY_GROUP, stride);
         }

@@ -177,7 +177,7 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
         for (int32_t i = i0; i < i1; ++i) {
             const monarch_table_entry * entry = &attend->table[i];
 
-            const uint8_t * group = attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, entry->page);
+            const uint8_t * group = monarch_attend_get_group(attend, head_kv, entry->page);
 
             row->mass[i] = attend->op.kq_scale*monarch_summary_score(attend->op.scorer, head_dim, plain.query, group, entry->page%MONARCH_SUMMARY_GROUP) + monarch_summary_log_count(attend->op.scorer, monarch_mask_count(entry->mask));
         }

@@ -887,7 +887,6 @@ static void monarch_score_query_init(const struct monarch_attend * attend, const
 static void monarch_simd_score(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int32_t i0, int32_t i1) {
     struct monarch_simd_work simd = monarch_simd_work_get(attend, work);
 
-    const int32_t head_dim = attend->op.codec.head_dim;
     const int64_t n_groups = attend->n_pages_max/MONARCH_SUMMARY_GROUP;
 
     const auto score_group = attend->op.scorer == MONARCH_SCORER_PARTS ? monarch_score_parts : monarch_score_group;
@@ -913,8 +912,7 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
 
         for (int64_t g = 0; g < n_groups; ++g) {
             if (simd.used[g]) {
-                score_group(attend, attend->summary + monarch_summary_offset(head_dim, attend->n_pages_max, head_kv, g*MONARCH_SUMMARY_GROUP),
-                        &query, simd.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
+                score_group(attend, monarch_attend_get_group(attend, head_kv, g*MONARCH_SUMMARY_GROUP), &query, simd.scores + g*MONARCH_SUMMARY_GROUP, attend->n_pages_max);
             }
         }
 

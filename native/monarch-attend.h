@@ -87,7 +87,14 @@ struct monarch_work {
 
 // odd in cache lines, lest the rows' masses of a page compete for one set of the cache
 static inline int64_t monarch_mass_stride(int64_t n_pages_max) {
-    return ((n_pages_max/16) | 1)*16;
+    const int64_t n_line = MONARCH_WORK_ALIGNMENT/sizeof(float);
+
+    return ((n_pages_max + n_line - 1)/n_line | 1)*n_line;
+}
+
+// the summaries of a page's group
+static inline const uint8_t * monarch_attend_get_group(const struct monarch_attend * attend, int64_t head_kv, int64_t page) {
+    return attend->summary + monarch_summary_offset(attend->op.codec.head_dim, attend->n_pages_max, head_kv, page);
 }
 
 struct monarch_kernel {
