@@ -56,8 +56,7 @@ struct monarch_avx512_work {
     float   * logits;  // [n_rows][MONARCH_TILE] of cold tokens
     uint8_t * w;       // [n_rows][MONARCH_TILE] quantised weights
     float   * w_scale; // [n_rows]
-    float   * k_rows;  // [16][head_dim] one tile of hot K
-    float   * k;       // [head_dim][16] the same, transposed
+    float   * k;       // [head_dim/16][4][4][16] one tile of hot K, monarch_hot_load_k()
     float   * v;       // [16][head_dim]
     uint8_t * tables;  // [n_tables][MONARCH_SCORE_ROWS][MONARCH_TABLE_SIZE] of summary weights
     float   * scores;  // [MONARCH_SCORE_ROWS][monarch_mass_stride] by physical page, of those that are not scored in place
@@ -77,7 +76,6 @@ static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char *
     work->logits  = (float   *) monarch_work_take(&ptr, n_rows*MONARCH_TILE*sizeof(float));
     work->w       = (uint8_t *) monarch_work_take(&ptr, n_rows*MONARCH_TILE);
     work->w_scale = (float   *) monarch_work_take(&ptr, n_rows*sizeof(float));
-    work->k_rows  = (float   *) monarch_work_take(&ptr, head_dim*MONARCH_LANES*sizeof(float));
     work->k       = (float   *) monarch_work_take(&ptr, head_dim*MONARCH_LANES*sizeof(float));
     work->v       = (float   *) monarch_work_take(&ptr, head_dim*MONARCH_LANES*sizeof(float));
     work->tables  = (uint8_t *) monarch_work_take(&ptr, MONARCH_SCORE_ROWS*monarch_tables_count(head_dim)*MONARCH_TABLE_SIZE);
@@ -160,102 +158,111 @@ static void monarch_sums_add(struct monarch_work * work, const struct monarch_av
 // hot window
 //
 
-static inline void monarch_transpose(__m512 * x) {
-    __m512 y[16];
-
-    for (int i = 0; i < 16; i += 4) {
-        const __m512 a = _mm512_unpacklo_ps(x[i + 0], x[i + 1]);
-        const __m512 b = _mm512_unpackhi_ps(x[i + 0], x[i + 1]);
-        const __m512 c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
-        const __m512 d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
-
-        y[i + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(c)));
-        y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(c)));
-        y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b), _mm512_castps_pd(d)));
-        y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b), _mm512_castps_pd(d)));
-    }
-
-    // 128-bit lane l of y[4*r + c] holds column 4*l + c of rows 4*r to 4*r + 3
-    for (int c = 0; c < 4; ++c) {
-        const __m512 even_lo = _mm512_shuffle_f32x4(y[c + 0], y[c +  4], 0x88);
-        const __m512 even_hi = _mm512_shuffle_f32x4(y[c + 8], y[c + 12], 0x88);
-        const __m512 odd_lo  = _mm512_shuffle_f32x4(y[c + 0], y[c +  4], 0xdd);
-        const __m512 odd_hi  = _mm512_shuffle_f32x4(y[c + 8], y[c + 12], 0xdd);
-
-        x[c +  0] = _mm512_shuffle_f32x4(even_lo, even_hi, 0x88);
-        x[c +  4] = _mm512_shuffle_f32x4(odd_lo,  odd_hi,  0x88);
-        x[c +  8] = _mm512_shuffle_f32x4(even_lo, even_hi, 0xdd);
-        x[c + 12] = _mm512_shuffle_f32x4(odd_lo,  odd_hi,  0xdd);
-    }
-}
-
 static inline const char * monarch_ring_row(const struct ggml_tensor * t, int64_t head_kv, int64_t slot) {
     return (const char *) t->data + head_kv*t->nb[1] + slot*t->nb[2];
 }
 
-// one head of a slot
-static inline void monarch_ring_load(const struct ggml_tensor * t, int64_t head_kv, int64_t slot, int64_t head_dim, float * dst) {
-    const char * src = monarch_ring_row(t, head_kv, slot);
+// 16 values of a row from d on
+template <enum ggml_type T>
+static inline __m512 monarch_ring_load(const char * row, int64_t d) {
+    if (T == GGML_TYPE_F16) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (row + d*sizeof(ggml_fp16_t))));
+    }
+    if (T == GGML_TYPE_BF16) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *) (row + d*sizeof(ggml_bf16_t)));
 
-    if (t->type == GGML_TYPE_F16) {
-        for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
-            _mm512_storeu_ps(dst + d, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_fp16_t)))));
-        }
-        return;
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
-    if (t->type == GGML_TYPE_BF16) {
-        for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
-            const __m256i bits = _mm256_loadu_si256((const __m256i *) (src + d*sizeof(ggml_bf16_t)));
-            _mm512_storeu_ps(dst + d, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
-        }
-        return;
-    }
-    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
-        const block_q8_0 * block = (const block_q8_0 *) src + d/QK8_0;
+    const block_q8_0 * block = (const block_q8_0 *) row + d/QK8_0;
 
-        const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (block->qs + d%QK8_0))));
-        _mm512_storeu_ps(dst + d, _mm512_mul_ps(values, _mm512_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d))))));
-    }
+    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (block->qs + d%QK8_0))));
+
+    return _mm512_mul_ps(values, _mm512_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(block->d)))));
 }
 
 // A head's part of a slot is far from the next slot's: the processor does not guess it. Into the second cache: of lines for the
 // first, fewer may be under way, and loads of them waited twice as long.
 static inline void monarch_ring_prefetch(const struct ggml_tensor * t, int64_t head_kv, int64_t slot) {
-    const char * src = monarch_ring_row(t, head_kv, slot);
+    const char * row = monarch_ring_row(t, head_kv, slot);
 
     for (size_t i = 0; i < t->nb[1]; i += 64) {
-        _mm_prefetch(src + i, _MM_HINT_T1);
+        _mm_prefetch(row + i, _MM_HINT_T1);
     }
 }
 
-// n <= 16 slots of one head as f32, K transposed; what is missing is zero
+// 16 dimensions of four slots, one to a vector: lane 4*b + s of vector i gets dimension 4*b + i of slot s
+static inline void monarch_transpose_four(__m512 * x) {
+    const __m512 lo01 = _mm512_unpacklo_ps(x[0], x[1]);
+    const __m512 hi01 = _mm512_unpackhi_ps(x[0], x[1]);
+    const __m512 lo23 = _mm512_unpacklo_ps(x[2], x[3]);
+    const __m512 hi23 = _mm512_unpackhi_ps(x[2], x[3]);
+
+    x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(lo01), _mm512_castps_pd(lo23)));
+    x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(lo01), _mm512_castps_pd(lo23)));
+    x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
+    x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
+}
+
+// four slots of one head as [head_dim/16][4] vectors, 4 apart; those from n on are zero
+template <enum ggml_type T>
+static inline void monarch_hot_convert_k(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+    const char * row = monarch_ring_row(t, head_kv, slot);
+
+    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES, dst += 16*MONARCH_LANES) {
+        __m512 x[4];
+        for (int64_t s = 0; s < 4; ++s) {
+            x[s] = s < n ? monarch_ring_load<T>(row + s*t->nb[2], d) : _mm512_setzero_ps();
+        }
+
+        monarch_transpose_four(x);
+
+        for (int64_t i = 0; i < 4; ++i) {
+            _mm512_storeu_ps(dst + 4*i*MONARCH_LANES, x[i]);
+        }
+    }
+}
+
+// the same, [4][head_dim]
+template <enum ggml_type T>
+static inline void monarch_hot_convert_v(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+    const char * row = monarch_ring_row(t, head_kv, slot);
+
+    for (int64_t s = 0; s < 4; ++s) {
+        for (int64_t d = 0; d < head_dim; d += MONARCH_LANES, dst += MONARCH_LANES) {
+            _mm512_storeu_ps(dst, s < n ? monarch_ring_load<T>(row + s*t->nb[2], d) : _mm512_setzero_ps());
+        }
+    }
+}
+
+static inline void monarch_hot_load_k(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+    switch (t->type) {
+        case GGML_TYPE_F16:  monarch_hot_convert_k<GGML_TYPE_F16> (t, head_kv, head_dim, slot, n, dst); break;
+        case GGML_TYPE_BF16: monarch_hot_convert_k<GGML_TYPE_BF16>(t, head_kv, head_dim, slot, n, dst); break;
+        default:             monarch_hot_convert_k<GGML_TYPE_Q8_0>(t, head_kv, head_dim, slot, n, dst); break;
+    }
+}
+
+static inline void monarch_hot_load_v(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+    switch (t->type) {
+        case GGML_TYPE_F16:  monarch_hot_convert_v<GGML_TYPE_F16> (t, head_kv, head_dim, slot, n, dst); break;
+        case GGML_TYPE_BF16: monarch_hot_convert_v<GGML_TYPE_BF16>(t, head_kv, head_dim, slot, n, dst); break;
+        default:             monarch_hot_convert_v<GGML_TYPE_Q8_0>(t, head_kv, head_dim, slot, n, dst); break;
+    }
+}
+
+// n <= 16 slots of one head; asks for the next 16, as steadily as it reads: all at once would make the loads wait
 static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, struct monarch_avx512_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
     const int64_t i_last   = attend->k->ne[2] - 1;
 
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t next = MONARCH_MIN(i0 + n + i, i_last);
-
-        monarch_ring_prefetch(attend->k, head_kv, next);
-        monarch_ring_prefetch(attend->v, head_kv, next);
-
-        monarch_ring_load(attend->k, head_kv, i0 + i, head_dim, work->k_rows + i*head_dim);
-        monarch_ring_load(attend->v, head_kv, i0 + i, head_dim, work->v      + i*head_dim);
-    }
-    memset(work->k_rows + n*head_dim, 0, (MONARCH_LANES - n)*head_dim*sizeof(float));
-    memset(work->v      + n*head_dim, 0, (MONARCH_LANES - n)*head_dim*sizeof(float));
-
-    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
-        __m512 x[16];
-        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
-            x[i] = _mm512_loadu_ps(work->k_rows + i*head_dim + d);
+    for (int64_t i = 0; i < MONARCH_LANES; i += 4) {
+        for (int64_t j = i0 + MONARCH_LANES + i; j < i0 + MONARCH_LANES + i + 4; ++j) {
+            monarch_ring_prefetch(attend->k, head_kv, MONARCH_MIN(j, i_last));
+            monarch_ring_prefetch(attend->v, head_kv, MONARCH_MIN(j, i_last));
         }
 
-        monarch_transpose(x);
-
-        for (int64_t i = 0; i < MONARCH_LANES; ++i) {
-            _mm512_storeu_ps(work->k + (d + i)*MONARCH_LANES, x[i]);
-        }
+        monarch_hot_load_k(attend->k, head_kv, head_dim, i0 + i, n - i, work->k + i/4*MONARCH_LANES);
+        monarch_hot_load_v(attend->v, head_kv, head_dim, i0 + i, n - i, work->v + i*head_dim);
     }
 }
 
@@ -297,26 +304,53 @@ static inline void monarch_hot_add(const struct monarch_avx512_work * work, stru
     }
 }
 
+// each slot's sum over its four lanes; x: four slots each
+static inline __m512 monarch_hot_sum_lanes(const __m512 * x) {
+    const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+    const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
+
+    return _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd));
+}
+
+// dot products of R rows with the tile's K: slots need not lie in lanes of their own before the sum over dimensions
+template <int R>
+static inline void monarch_hot_dot(int64_t head_dim, const float * k, const struct monarch_row * rows, __m512 * dst) {
+    __m512 acc[R][4];
+    for (int r = 0; r < R; ++r) {
+        for (int g = 0; g < 4; ++g) {
+            acc[r][g] = _mm512_setzero_ps();
+        }
+    }
+
+    for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
+        for (int i = 0; i < 4; ++i, k += 4*MONARCH_LANES) {
+            for (int r = 0; r < R; ++r) {
+                const __m512 q = _mm512_permutevar_ps(_mm512_loadu_ps(rows[r].q + d), _mm512_set1_epi32(i));
+                for (int g = 0; g < 4; ++g) {
+                    acc[r][g] = _mm512_fmadd_ps(_mm512_loadu_ps(k + g*MONARCH_LANES), q, acc[r][g]);
+                }
+            }
+        }
+    }
+
+    for (int r = 0; r < R; ++r) {
+        dst[r] = monarch_hot_sum_lanes(acc[r]);
+    }
+}
+
 template <int R>
 static inline void monarch_hot_rows(const struct monarch_attend * attend, struct monarch_avx512_work * work, struct monarch_row * rows, float * sums, int64_t i0, __mmask16 valid) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    __m512 acc[R];
-    for (int r = 0; r < R; ++r) {
-        acc[r] = _mm512_setzero_ps();
-    }
-
-    for (int64_t d = 0; d < head_dim; ++d) {
-        const __m512 k = _mm512_loadu_ps(work->k + d*MONARCH_LANES);
-        for (int r = 0; r < R; ++r) {
-            acc[r] = _mm512_fmadd_ps(k, _mm512_set1_ps(rows[r].q[d]), acc[r]);
-        }
+    __m512 dot[R];
+    for (int r = 0; r < R; r += 4) {
+        monarch_hot_dot<MONARCH_MIN(R, 4)>(head_dim, work->k, rows + r, dot + r);
     }
 
     for (int r = 0; r < R; ++r) {
         const __m512    mask    = monarch_mask_load(attend->mask, rows[r].i_token, i0, valid);
         const __mmask16 visible = _mm512_mask_cmp_ps_mask(valid, mask, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
-        const __m512    logits  = _mm512_fmadd_ps(acc[r], _mm512_set1_ps(attend->op.kq_scale), mask);
+        const __m512    logits  = _mm512_fmadd_ps(dot[r], _mm512_set1_ps(attend->op.kq_scale), mask);
 
         const __m512 weights = visible ? monarch_row_weigh(&rows[r], head_dim, logits, visible, sums + r*MONARCH_LANES) : _mm512_setzero_ps();
 
@@ -388,6 +422,9 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
         for (; ir + 8 <= work->n_rows; ir += 8) {
             monarch_hot_rows<8>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
+        for (; ir + 4 <= work->n_rows; ir += 4) {
+            monarch_hot_rows<4>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
+        }
         for (; ir + 2 <= work->n_rows; ir += 2) {
             monarch_hot_rows<2>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
@@ -453,6 +490,12 @@ static inline __m512i monarch_lookup_get(const struct monarch_lookup * lookup, _
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), lo, hi);
 }
 
+// Asks for the same codes of a page to come. Chosen pages lie anywhere, and lines that are asked for all at once make the
+// loads between them wait.
+static inline void monarch_codes_prefetch(int32_t bits, const uint8_t * next, int64_t i_chunk) {
+    _mm_prefetch((const char *) next + 16*bits*i_chunk, _MM_HINT_T1);
+}
+
 // rotated queries as int8, four x and four y coordinates in turn, as the K codes lie
 static void monarch_cold_quantize(const struct monarch_attend * attend, const struct monarch_work * work, struct monarch_avx512_work * avx512) {
     const int64_t head_dim = attend->op.codec.head_dim;
@@ -496,6 +539,7 @@ static inline __m512 monarch_scales_load(const uint8_t * src) {
 // 16 tokens of a chosen page
 struct monarch_group {
     const uint8_t * block;
+    const uint8_t * next; // a block to come
     int32_t         ic;   // of the page among the chosen
     int32_t         t0;   // first token
     __mmask16       mask; // tokens that count
@@ -542,7 +586,11 @@ static void monarch_cold_get_logits(const struct monarch_attend * attend, const 
     __m512i y[MONARCH_MAX_HEAD_DIM/8];
 
     for (int64_t j = 0; j < head_dim/8; ++j) {
-        const __m512i codes = monarch_codes_load(codec->bits_k, group->block + cold->layout.k_codes, (j*codec->page_size + group->t0)/MONARCH_LANES);
+        const int64_t i_chunk = (j*codec->page_size + group->t0)/MONARCH_LANES;
+
+        monarch_codes_prefetch(codec->bits_k, group->next + cold->layout.k_codes, i_chunk);
+
+        const __m512i codes = monarch_codes_load(codec->bits_k, group->block + cold->layout.k_codes, i_chunk);
 
         x[j] = monarch_lookup_get(&cold->k_x, codes);
         y[j] = monarch_lookup_get(&cold->k_y, codes);
@@ -690,7 +738,11 @@ static inline void monarch_cold_add(const struct monarch_attend * attend, const 
             const struct monarch_group * group = &cold->groups[g];
 
             for (int t = 0; t < 4; ++t) {
-                const __m512i codes = monarch_codes_load(codec->bits_v, group->block + cold->layout.v_codes, (group->t0/4 + t)*n_chunk + c);
+                const int64_t i_chunk = (group->t0/4 + t)*n_chunk + c;
+
+                monarch_codes_prefetch(codec->bits_v, group->next + cold->layout.v_codes, i_chunk);
+
+                const __m512i codes = monarch_codes_load(codec->bits_v, group->block + cold->layout.v_codes, i_chunk);
 
                 v_x[4*g + t] = monarch_lookup_get(&cold->v_x, codes);
                 v_y[4*g + t] = monarch_lookup_get(&cold->v_y, codes);
@@ -734,14 +786,15 @@ static void monarch_cold_attend_tile(const struct monarch_attend * attend, struc
     cold->n_groups = 0;
 }
 
-// chosen pages lie anywhere: ask for them this many pages ahead
-#define MONARCH_PREFETCH 4
+// of the ic-th chosen page, or of the last
+static inline const uint8_t * monarch_cold_get_block(const struct monarch_attend * attend, int64_t head_kv, const struct monarch_work * work, int32_t ic) {
+    const int32_t page = attend->table[work->chosen[MONARCH_MIN(ic, work->n_chosen - 1)]].page;
 
-static inline void monarch_cold_prefetch(const uint8_t * block, int64_t size) {
-    for (int64_t i = 0; i < size; i += 64) {
-        _mm_prefetch((const char *) block + i, _MM_HINT_T1);
-    }
+    return attend->pool + monarch_pool_offset(&attend->op.codec, attend->n_pages_max, head_kv, page);
 }
+
+// pages that are asked for ahead
+#define MONARCH_PREFETCH 4
 
 static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work) {
     const struct monarch_codec * codec = &attend->op.codec;
@@ -770,18 +823,15 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
     for (int32_t ic = 0; ic < work->n_chosen; ++ic) {
         const struct monarch_table_entry * entry = &attend->table[work->chosen[ic]];
 
-        const uint8_t * block = attend->pool + monarch_pool_offset(codec, attend->n_pages_max, head_kv, entry->page);
+        const uint8_t * block = monarch_cold_get_block(attend, head_kv, work, ic);
+        const uint8_t * next  = monarch_cold_get_block(attend, head_kv, work, ic + MONARCH_PREFETCH);
 
-        if (ic + MONARCH_PREFETCH < work->n_chosen) {
-            const int64_t page = attend->table[work->chosen[ic + MONARCH_PREFETCH]].page;
-
-            monarch_cold_prefetch(attend->pool + monarch_pool_offset(codec, attend->n_pages_max, head_kv, page), monarch_codec_block_size(codec));
-        }
+        _mm_prefetch((const char *) next + cold.layout.k_scales, _MM_HINT_T1);
 
         for (int32_t t0 = 0; t0 < codec->page_size; t0 += MONARCH_LANES) {
             const __mmask16 mask = (__mmask16) (entry->mask >> t0);
             if (mask) {
-                cold.groups[cold.n_groups++] = { block, ic, t0, mask };
+                cold.groups[cold.n_groups++] = { block, next, ic, t0, mask };
             }
             if (cold.n_groups == MONARCH_GROUPS) {
                 monarch_cold_attend_tile(attend, &cold, work, &avx512);
@@ -837,6 +887,12 @@ static inline int64_t monarch_group_size(int64_t head_dim) {
     return MONARCH_SUMMARY_GROUP*monarch_summary_size((int32_t) head_dim);
 }
 
+static inline void monarch_scales_prefetch(const uint8_t * scales, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) {
+        _mm_prefetch((const char *) scales + i, _MM_HINT_T1);
+    }
+}
+
 // scores of 16 pages for R rows, each log_n greater; asks for the next 16
 template <int R>
 static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
@@ -848,7 +904,7 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
     const uint8_t * values     = group + 4*MONARCH_SUMMARY_GROUP*2;
     const int64_t   group_size = monarch_group_size(head_dim);
 
-    monarch_cold_prefetch(group + group_size, values - group);
+    monarch_scales_prefetch(group + group_size, values - group);
 
     for (int half = 0; half < 2; ++half) {
         __m512i dot[R];
@@ -1112,7 +1168,7 @@ static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const s
 
     const uint8_t * scale_codes = group + monarch_summary_scale_at(0, 0);
 
-    monarch_cold_prefetch(scale_codes + group_size, MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP);
+    monarch_scales_prefetch(scale_codes + group_size, MONARCH_SUMMARY_PARTS*MONARCH_SUMMARY_GROUP);
 
     struct monarch_parts_scales scales;
     monarch_parts_get_scales(scale_codes, &scales);
