@@ -203,15 +203,15 @@ static inline void monarch_transpose_four(__m512 * x) {
     x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(hi01), _mm512_castps_pd(hi23)));
 }
 
-// four slots of one head as [head_dim/16][4] vectors, 4 apart; those from n on are zero
+// four slots of one head as [head_dim/16][4] vectors, 4 apart; those not visible are zero
 template <enum ggml_type T>
-static inline void monarch_hot_convert_k(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+static inline void monarch_hot_convert_k(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, uint32_t visible, float * dst) {
     const char * row = monarch_ring_row(t, head_kv, slot);
 
     for (int64_t d = 0; d < head_dim; d += MONARCH_LANES, dst += 16*MONARCH_LANES) {
         __m512 x[4];
         for (int64_t s = 0; s < 4; ++s) {
-            x[s] = s < n ? monarch_ring_load<T>(row + s*t->nb[2], d) : _mm512_setzero_ps();
+            x[s] = visible >> s & 1 ? monarch_ring_load<T>(row + s*t->nb[2], d) : _mm512_setzero_ps();
         }
 
         monarch_transpose_four(x);
@@ -224,34 +224,35 @@ static inline void monarch_hot_convert_k(const struct ggml_tensor * t, int64_t h
 
 // the same, [4][head_dim]
 template <enum ggml_type T>
-static inline void monarch_hot_convert_v(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+static inline void monarch_hot_convert_v(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, uint32_t visible, float * dst) {
     const char * row = monarch_ring_row(t, head_kv, slot);
 
     for (int64_t s = 0; s < 4; ++s) {
         for (int64_t d = 0; d < head_dim; d += MONARCH_LANES, dst += MONARCH_LANES) {
-            _mm512_storeu_ps(dst, s < n ? monarch_ring_load<T>(row + s*t->nb[2], d) : _mm512_setzero_ps());
+            _mm512_storeu_ps(dst, visible >> s & 1 ? monarch_ring_load<T>(row + s*t->nb[2], d) : _mm512_setzero_ps());
         }
     }
 }
 
-static inline void monarch_hot_load_k(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+static inline void monarch_hot_load_k(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, uint32_t visible, float * dst) {
     switch (t->type) {
-        case GGML_TYPE_F16:  monarch_hot_convert_k<GGML_TYPE_F16> (t, head_kv, head_dim, slot, n, dst); break;
-        case GGML_TYPE_BF16: monarch_hot_convert_k<GGML_TYPE_BF16>(t, head_kv, head_dim, slot, n, dst); break;
-        default:             monarch_hot_convert_k<GGML_TYPE_Q8_0>(t, head_kv, head_dim, slot, n, dst); break;
+        case GGML_TYPE_F16:  monarch_hot_convert_k<GGML_TYPE_F16> (t, head_kv, head_dim, slot, visible, dst); break;
+        case GGML_TYPE_BF16: monarch_hot_convert_k<GGML_TYPE_BF16>(t, head_kv, head_dim, slot, visible, dst); break;
+        default:             monarch_hot_convert_k<GGML_TYPE_Q8_0>(t, head_kv, head_dim, slot, visible, dst); break;
     }
 }
 
-static inline void monarch_hot_load_v(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, int64_t n, float * dst) {
+static inline void monarch_hot_load_v(const struct ggml_tensor * t, int64_t head_kv, int64_t head_dim, int64_t slot, uint32_t visible, float * dst) {
     switch (t->type) {
-        case GGML_TYPE_F16:  monarch_hot_convert_v<GGML_TYPE_F16> (t, head_kv, head_dim, slot, n, dst); break;
-        case GGML_TYPE_BF16: monarch_hot_convert_v<GGML_TYPE_BF16>(t, head_kv, head_dim, slot, n, dst); break;
-        default:             monarch_hot_convert_v<GGML_TYPE_Q8_0>(t, head_kv, head_dim, slot, n, dst); break;
+        case GGML_TYPE_F16:  monarch_hot_convert_v<GGML_TYPE_F16> (t, head_kv, head_dim, slot, visible, dst); break;
+        case GGML_TYPE_BF16: monarch_hot_convert_v<GGML_TYPE_BF16>(t, head_kv, head_dim, slot, visible, dst); break;
+        default:             monarch_hot_convert_v<GGML_TYPE_Q8_0>(t, head_kv, head_dim, slot, visible, dst); break;
     }
 }
 
-// n <= 16 slots of one head; asks for the next 16, as steadily as it reads: all at once would make the loads wait
-static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, struct monarch_avx512_work * work) {
+// 16 slots of one head, of which some row sees those visible: what lies in the others may be no number. Asks for the next 16,
+// as steadily as it reads: all at once would make the loads wait.
+static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, uint32_t visible, struct monarch_avx512_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
     const int64_t i_last   = attend->k->ne[2] - 1;
 
@@ -261,8 +262,8 @@ static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_
             monarch_ring_prefetch(attend->v, head_kv, MONARCH_MIN(j, i_last));
         }
 
-        monarch_hot_load_k(attend->k, head_kv, head_dim, i0 + i, n - i, work->k + i/4*MONARCH_LANES);
-        monarch_hot_load_v(attend->v, head_kv, head_dim, i0 + i, n - i, work->v + i*head_dim);
+        monarch_hot_load_k(attend->k, head_kv, head_dim, i0 + i, visible >> i, work->k + i/4*MONARCH_LANES);
+        monarch_hot_load_v(attend->v, head_kv, head_dim, i0 + i, visible >> i, work->v + i*head_dim);
     }
 }
 
@@ -372,13 +373,13 @@ static struct monarch_avx512_work monarch_avx512_work_get(const struct monarch_a
     return res;
 }
 
-static bool monarch_hot_is_visible(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, __mmask16 valid) {
+// slots of the tile that some row sees
+static __mmask16 monarch_hot_get_visible(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, __mmask16 valid) {
+    __mmask16 res = 0;
     for (int64_t ir = 0; ir < work->n_rows; ir += attend->n_gqa) {
-        if (monarch_mask_visible(attend->mask, work->rows[ir].i_token, i0, valid)) {
-            return true;
-        }
+        res |= monarch_mask_visible(attend->mask, work->rows[ir].i_token, i0, valid);
     }
-    return false;
+    return res;
 }
 
 // monarch_work_add_v() in registers
@@ -408,11 +409,12 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
         const int64_t   n     = MONARCH_MIN(MONARCH_LANES, slot1 - i0);
         const __mmask16 valid = (__mmask16) ((1u << n) - 1);
 
-        if (!monarch_hot_is_visible(attend, work, i0, valid)) {
+        const __mmask16 visible = monarch_hot_get_visible(attend, work, i0, valid);
+        if (!visible) {
             continue;
         }
 
-        monarch_hot_load(attend, head_kv, i0, n, &avx512);
+        monarch_hot_load(attend, head_kv, i0, visible, &avx512);
 
         if (monarch_attend_has_rest(attend)) {
             monarch_hot_sum_v(work, attend->op.codec.head_dim, avx512.v, monarch_mask_visible(attend->mask, work->rows[0].i_token, i0, valid));
@@ -635,10 +637,9 @@ static inline float monarch_lane_get(__m128 x, int i) {
     return lanes[i];
 }
 
-// softmax weights of a tile times the scales of V, as 8 bits relative to the greatest weight of the row
-// v_scales: [n_groups] 255 at most
+// softmax weights of a tile times the scales of V, [n_groups], as 8 bits relative to the greatest of the row
 template <int R>
-static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, const __m512 * v_scales, float v_unit, int64_t ir) {
+static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, const __m512 * v_scales, int64_t ir) {
     struct monarch_row * rows = work->rows + ir;
 
     const int32_t n_groups = cold->n_groups;
@@ -667,11 +668,15 @@ static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct m
     const __m128 max    = _mm_setr_ps(rows[0].max, rows[R > 1 ? 1 : 0].max, rows[R > 2 ? 2 : 0].max, rows[R > 3 ? 3 : 0].max);
     const __m128 factor = _mm512_castps512_ps128(monarch_exp(_mm512_castps128_ps512(_mm_sub_ps(top, max))));
 
+    __m512 scaled[R][MONARCH_GROUPS];
+
     for (int r = 0; r < R; ++r) {
         const __m512 top_r    = _mm512_set1_ps(monarch_lane_get(top, r));
         const float  factor_r = monarch_lane_get(factor, r);
 
         __m512 sum = _mm512_setzero_ps();
+
+        tops[r] = _mm512_set1_ps(1e-30f);
 
         for (int32_t ig = 0; ig < n_groups; ++ig) {
             const __m512 weights = monarch_exp(_mm512_sub_ps(_mm512_loadu_ps(avx512->logits + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), top_r));
@@ -681,16 +686,26 @@ static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct m
             }
             sum = _mm512_add_ps(sum, weights);
 
-            const __m128i w = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(weights, v_scales[ig])));
-
-            _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), w);
+            scaled[r][ig] = _mm512_mul_ps(weights, v_scales[ig]);
+            tops[r]       = _mm512_max_ps(tops[r], scaled[r][ig]);
         }
 
         float * sums = avx512->sums + (ir + r)*MONARCH_LANES;
 
         _mm512_storeu_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(factor_r), _mm512_loadu_ps(sums)));
+    }
 
-        avx512->w_scale[ir + r] = factor_r*v_unit;
+    const __m128 unit    = _mm_mul_ps(monarch_max_each<R>(tops), _mm_set1_ps(1.0f/255.0f));
+    const __m128 inverse = _mm_div_ps(_mm_set1_ps(1.0f), unit);
+    const __m128 w_scale = _mm_mul_ps(factor, unit);
+
+    for (int r = 0; r < R; ++r) {
+        for (int32_t ig = 0; ig < n_groups; ++ig) {
+            const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[r][ig], _mm512_set1_ps(monarch_lane_get(inverse, r))));
+
+            _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), _mm512_cvtusepi32_epi8(w));
+        }
+        avx512->w_scale[ir + r] = monarch_lane_get(w_scale, r);
     }
 }
 
@@ -698,27 +713,18 @@ static void monarch_cold_weigh_rows(const struct monarch_attend * attend, const 
     const int64_t head_dim = attend->op.codec.head_dim;
 
     __m512 scales[MONARCH_GROUPS];
-    __m512 max = _mm512_set1_ps(1e-30f);
-
     for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
         const struct monarch_group * group = &cold->groups[ig];
 
         scales[ig] = _mm512_maskz_mov_ps(group->mask, monarch_scales_load(group->block + cold->layout.v_scales + 2*group->t0));
-        max        = _mm512_max_ps(max, scales[ig]);
-    }
-
-    const float unit = _mm512_reduce_max_ps(max)/255.0f;
-
-    for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
-        scales[ig] = _mm512_mul_ps(scales[ig], _mm512_set1_ps(1.0f/unit));
     }
 
     int64_t ir = 0;
     for (; ir + 4 <= work->n_rows; ir += 4) {
-        monarch_cold_weigh<4>(cold, work, avx512, head_dim, scales, unit, ir);
+        monarch_cold_weigh<4>(cold, work, avx512, head_dim, scales, ir);
     }
     for (; ir < work->n_rows; ++ir) {
-        monarch_cold_weigh<1>(cold, work, avx512, head_dim, scales, unit, ir);
+        monarch_cold_weigh<1>(cold, work, avx512, head_dim, scales, ir);
     }
 }
 

@@ -66,6 +66,9 @@ static float monarch_row_add_tile(monarch_row * row, int64_t head_dim, int64_t n
 
     float sum = 0.0f;
     for (int64_t i = 0; i < n; ++i) {
+        if (weights[i] == -INFINITY) {
+            continue; // what is masked may be no number
+        }
         const float w = expf(weights[i] - row->max);
 
         ggml_vec_mad_f32((int) head_dim, acc, v + i*head_dim, w);

@@ -52,7 +52,7 @@ struct monarch_simd_work {
     float  * mask;    // [n_rows][MONARCH_TILE] of each token's first row
     float  * logits;  // [n_rows][MONARCH_TILE]; then the weights of hot tokens
     float  * top;     // [n_rows] the greatest logit of the tile
-    float  * factor;  // [n_rows] from the scale of top to that of the row's maximum
+    float  * factor;  // [n_rows] from the scale of top to that of the row's maximum; then times the unit of the weights
     int8_t * w;       // [n_rows][MONARCH_TILE] quantised weights of cold tokens
     float  * k_rows;  // [MONARCH_TILE][head_dim] hot K
     float  * k;       // [head_dim][MONARCH_TILE]
@@ -152,11 +152,19 @@ static void monarch_hot_read(const struct ggml_tensor * t, int64_t head_kv, int6
     memset(dst + n*head_dim, 0, (MONARCH_TILE - n)*head_dim*sizeof(float));
 }
 
-static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, struct monarch_simd_work * simd) {
+// visible: the slots that some row sees; what lies in the others may be no number, and counts as zero
+static void monarch_hot_load(const struct monarch_attend * attend, int64_t head_kv, int64_t i0, int64_t n, uint32_t visible, struct monarch_simd_work * simd) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
     monarch_hot_read(attend->k, head_kv, i0, n, head_dim, simd->k_rows);
     monarch_hot_read(attend->v, head_kv, i0, n, head_dim, simd->v);
+
+    for (int64_t i = 0; i < n; ++i) {
+        if (!(visible >> i & 1)) {
+            memset(simd->k_rows + i*head_dim, 0, head_dim*sizeof(float));
+            memset(simd->v      + i*head_dim, 0, head_dim*sizeof(float));
+        }
+    }
 
     for (int64_t i = 0; i < MONARCH_TILE; i += MONARCH_LANES) {
         for (int64_t d = 0; d < head_dim; d += MONARCH_LANES) {
@@ -191,24 +199,24 @@ static void monarch_mask_read(const struct ggml_tensor * mask, int64_t i_token, 
     }
 }
 
-// the mask of each token; false if none sees a slot of the tile
-static bool monarch_hot_read_mask(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, int64_t n, struct monarch_simd_work * simd) {
-    bool visible = false;
-    for (int64_t ir = 0; ir < work->n_rows; ir += attend->n_gqa) {
-        float * mask = simd->mask + ir*MONARCH_TILE;
-
-        monarch_mask_read(attend->mask, work->rows[ir].i_token, i0, n, mask);
-        visible |= monarch_tile_top(mask) > -INFINITY;
-    }
-    return visible;
-}
-
 static inline uint32_t monarch_mask_get_visible(const float * mask, int64_t n) {
     uint32_t res = 0;
     for (int64_t i = 0; i < n; ++i) {
         res |= (uint32_t) (mask[i] > -INFINITY) << i;
     }
     return res;
+}
+
+// the mask of each token; returns the slots of the tile that some token sees
+static uint32_t monarch_hot_read_mask(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, int64_t n, struct monarch_simd_work * simd) {
+    uint32_t visible = 0;
+    for (int64_t ir = 0; ir < work->n_rows; ir += attend->n_gqa) {
+        float * mask = simd->mask + ir*MONARCH_TILE;
+
+        monarch_mask_read(attend->mask, work->rows[ir].i_token, i0, n, mask);
+        visible |= monarch_mask_get_visible(mask, n);
+    }
+    return visible;
 }
 
 template <int R>
@@ -305,11 +313,12 @@ static void monarch_simd_hot(const struct monarch_attend * attend, int64_t head_
     for (int64_t i0 = slot0; i0 < slot1; i0 += MONARCH_TILE) {
         const int64_t n = MONARCH_MIN(MONARCH_TILE, slot1 - i0);
 
-        if (!monarch_hot_read_mask(attend, work, i0, n, &simd)) {
+        const uint32_t visible = monarch_hot_read_mask(attend, work, i0, n, &simd);
+        if (visible == 0) {
             continue;
         }
 
-        monarch_hot_load(attend, head_kv, i0, n, &simd);
+        monarch_hot_load(attend, head_kv, i0, n, visible, &simd);
 
         if (monarch_attend_has_rest(attend)) {
             monarch_work_add_v(work, attend->op.codec.head_dim, simd.v, monarch_mask_get_visible(simd.mask, n));
@@ -530,7 +539,7 @@ static void monarch_cold_get_factors(int64_t head_dim, struct monarch_work * wor
     }
 }
 
-// softmax weights times the scales of V, as 7 bits relative to the greatest weight and the greatest scale, v_unit*127
+// softmax weights times the scales of V, as 7 bits relative to the greatest of a row, to which its factor moves
 static void monarch_cold_weigh(const struct monarch_simd_tile * tile, const monarch_f32 * v_scales, struct monarch_work * work, struct monarch_simd_work * simd) {
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         struct monarch_row * row = &work->rows[ir];
@@ -538,17 +547,27 @@ static void monarch_cold_weigh(const struct monarch_simd_tile * tile, const mona
         const monarch_f32 top = monarch_f32_set1(simd->top[ir]);
 
         monarch_f32 scaled[MONARCH_VECTORS];
-        monarch_f32 sum = monarch_f32_set1(0.0f);
+        monarch_f32 sum      = monarch_f32_set1(0.0f);
+        monarch_f32 greatest = monarch_f32_set1(1e-30f);
 
         for (int i = 0; i < MONARCH_VECTORS; ++i) {
             const monarch_f32 weights = monarch_exp(monarch_f32_sub(monarch_f32_load(simd->logits + ir*MONARCH_TILE + i*MONARCH_LANES), top));
 
             scaled[i] = monarch_f32_mul(weights, v_scales[i]);
             sum       = monarch_f32_add(sum, weights);
+            greatest  = monarch_f32_max(greatest, scaled[i]);
+        }
+
+        const float unit = monarch_f32_top(greatest)/127.0f;
+
+        for (int i = 0; i < MONARCH_VECTORS; ++i) {
+            scaled[i] = monarch_f32_mul(scaled[i], monarch_f32_set1(1.0f/unit));
         }
         monarch_round(scaled, simd->w + ir*MONARCH_TILE);
 
         const float mass = simd->factor[ir]*monarch_f32_sum(sum);
+
+        simd->factor[ir] *= unit;
 
         row->sum += mass;
         if (tile->ic < row->n_mass) {
@@ -558,7 +577,7 @@ static void monarch_cold_weigh(const struct monarch_simd_tile * tile, const mona
 }
 
 // adds the tile's V, MONARCH_LANES pairs of coordinates at a time
-static void monarch_cold_add(const struct monarch_simd_tile * tile, float v_unit, struct monarch_work * work, const struct monarch_simd_work * simd) {
+static void monarch_cold_add(const struct monarch_simd_tile * tile, struct monarch_work * work, const struct monarch_simd_work * simd) {
     const int64_t head_dim = tile->codec->head_dim;
     const int64_t n_chunks = head_dim/2/MONARCH_LANES;
 
@@ -582,7 +601,7 @@ static void monarch_cold_add(const struct monarch_simd_tile * tile, float v_unit
                 y = monarch_dot_u7(y, w, v_y[i]);
             }
 
-            const monarch_f32 scale = monarch_f32_set1(simd->factor[ir]*v_unit);
+            const monarch_f32 scale = monarch_f32_set1(simd->factor[ir]);
 
             float * dst_x = work->rows[ir].cold + c*MONARCH_LANES;
             float * dst_y = dst_x + head_dim/2;
@@ -594,23 +613,15 @@ static void monarch_cold_add(const struct monarch_simd_tile * tile, float v_unit
 }
 
 static void monarch_cold_attend(const struct monarch_simd_tile * tile, struct monarch_work * work, struct monarch_simd_work * simd) {
-    float v_scales[MONARCH_TILE];
-    for (int i = 0; i < MONARCH_TILE; i += MONARCH_LANES) {
-        monarch_f32_store(v_scales + i, monarch_f32_load_f16(tile->block + tile->layout.v_scales + 2*(tile->t0 + i)));
-    }
-
-    const float v_top  = fmaxf(monarch_tile_top(v_scales), 1e-30f);
-    const float v_unit = v_top/127.0f;
-
-    monarch_f32 scales[MONARCH_VECTORS];
+    monarch_f32 v_scales[MONARCH_VECTORS];
     for (int i = 0; i < MONARCH_VECTORS; ++i) {
-        scales[i] = monarch_f32_mul(monarch_f32_load(v_scales + i*MONARCH_LANES), monarch_f32_set1(1.0f/v_unit));
+        v_scales[i] = monarch_f32_load_f16(tile->block + tile->layout.v_scales + 2*(tile->t0 + i*MONARCH_LANES));
     }
 
     monarch_cold_get_logits (tile, work, simd);
     monarch_cold_get_factors(tile->codec->head_dim, work, simd);
-    monarch_cold_weigh      (tile, scales, work, simd);
-    monarch_cold_add        (tile, v_unit, work, simd);
+    monarch_cold_weigh      (tile, v_scales, work, simd);
+    monarch_cold_add        (tile, work, simd);
 }
 
 // chosen pages lie anywhere: ask for them this many pages ahead

@@ -393,6 +393,7 @@ static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch
 static void monarch_state_check_seqs(const monarch_paged_state & state, uint32_t n_ctx_seq) {
     std::vector<monarch_state_page>  pages;
     std::vector<monarch_state_token> tokens;
+    std::vector<llama_seq_id>        named_by; // the last sequence that named a page
 
     const monarch_state_page  * page  = state.pages .data();
     const monarch_state_token * token = state.tokens.data();
@@ -403,6 +404,11 @@ static void monarch_state_check_seqs(const monarch_paged_state & state, uint32_t
         for (uint32_t i = 0; i < seq.n_pages; ++i, ++page) {
             monarch_state_check_index(pages, *page);
             monarch_state_check(page->first_pos == pages[page->index].first_pos, "a damaged page table");
+
+            // a table lists a page once, and so no more of them than there are
+            named_by.resize(pages.size(), -1);
+            monarch_state_check(named_by[page->index] != seq.seq_id, "a damaged page table");
+            named_by[page->index] = seq.seq_id;
         }
         for (uint32_t i = 0; i < seq.n_hot; ++i, ++token) {
             monarch_state_check_index(tokens, *token);

@@ -215,7 +215,7 @@ void monarch_kv_cache::stock_place(monarch_stock_state & state, llama_seq_id seq
 }
 
 void monarch_kv_cache::stock_restore(const monarch_stock_state & state) {
-    for (size_t il = 0; il < layers.size(); ++il) {
+    for (size_t il = 0; il < layers.size() && !state.pos.empty(); ++il) {
         stock_restore_layer(state, il);
         monarch_stock_restore_ring(state, state.k[il], layers[il].k);
         monarch_stock_restore_ring(state, state.v[il], layers[il].v);

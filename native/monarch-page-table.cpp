@@ -166,6 +166,9 @@ std::vector<int32_t> monarch_page_table::remove(monarch_page_pool & pool, int32_
     }
     pages.erase(std::move(it, pages.end(), out), pages.end());
 
+    // a page that lost its front may begin after one that fills its hole
+    std::sort(first, pages.end(), [](const page & a, const page & b) { return a.begin() < b.begin(); });
+
     // the first of them is used first: neighbours stay neighbours
     for (auto phys = gone.rbegin(); phys != gone.rend(); ++phys) {
         pool.release(*phys);

@@ -6,6 +6,7 @@ Argument: a model. Each line of standard input is a JSON case, answered by one l
         ["abort", node, group, ...]  the same, aborted at a node first
         ["rm", sequence, p0, p1]  ["cp", from, to, p0, p1]  ["keep", sequence]  ["clear"]
         ["save", name, sequence or -1]  ["load", name, sequence or -1]
+        ["forge", name]  a sequence names a page twice
 Answer: per op its status, the least and greatest position of every sequence, and the logits in base64.
 """
 
@@ -17,6 +18,7 @@ import sys
 import llama_cpp
 import numpy as np
 from child_logits import Context, stats
+from crafted import name_a_page_twice
 
 
 class Sequences(Context):
@@ -90,6 +92,11 @@ class Sequences(Context):
         if seq < 0:
             return llama_cpp.llama_state_set_data(self.ctx, data, len(data)) == len(data), np.empty(0)
         return llama_cpp.llama_state_seq_set_data(self.ctx, data, len(data), seq) == len(data), np.empty(0)
+
+
+    def op_forge(self, name: str) -> tuple[int, np.ndarray]:
+        self.states[name] = name_a_page_twice(self.states[name])
+        return 1, np.empty(0)
 
 
 def main() -> None:

@@ -62,3 +62,18 @@ def parse(data: bytes) -> State:
     state = State(data[: UPSTREAM.size], header, pages, positions, hot, cold, take(sticky_size))
     assert bytes(state) == data
     return state
+
+
+def name_a_page_twice(data: bytes) -> bytes:
+    """In a whole state of several sequences: half of the first page's tokens each time."""
+    start = data.index(b"MCHC")
+    n_seqs = HEADER.unpack_from(data, start)[FIELDS.index("n_seqs")]
+    at = start + HEADER.size
+    number, n_pages, n_hot = SEQUENCE.unpack_from(data, at)
+    pages_at = at + SEQUENCE.size * n_seqs
+    seqs = [SEQUENCE.unpack_from(data, at + SEQUENCE.size * i) for i in range(n_seqs)]
+    end = pages_at + sum(PAGE.size * pages + TOKEN.size * hot for _, pages, hot in seqs)
+    page, first_pos, _ = PAGE.unpack_from(data, pages_at)
+    table = data[start:at] + SEQUENCE.pack(number, n_pages + 1, n_hot) + data[at + SEQUENCE.size : pages_at]
+    table += PAGE.pack(page, first_pos, 0x00FF) + PAGE.pack(page, first_pos, 0xFF00) + data[pages_at + PAGE.size : end]
+    return data[:start] + _sealed(table) + data[end + CRC :]

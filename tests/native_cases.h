@@ -127,6 +127,14 @@ struct test_tensor {
             default:             ((float       *) tensor.data)[i] = x;
         }
     }
+
+    float get(int64_t i) const {
+        switch (tensor.type) {
+            case GGML_TYPE_F16:  return GGML_FP16_TO_FP32(((const ggml_fp16_t *) tensor.data)[i]);
+            case GGML_TYPE_BF16: return GGML_BF16_TO_FP32(((const ggml_bf16_t *) tensor.data)[i]);
+            default:             return ((const float *) tensor.data)[i];
+        }
+    }
 };
 
 // physical pages in an order of their own; some pages were cut
@@ -160,15 +168,34 @@ static void mask_fill(const test_case & c, test_tensor * mask) {
     }
 }
 
-static void pages_fill(const test_case & c, const monarch_op_params & op, int64_t n_pages_max, test_tensor * pool, test_tensor * summary) {
+// What no token sees may be no number, for example of a token that was removed.
+static void hidden_fill(const test_case & c, const test_tensor & mask, test_tensor * k, test_tensor * v) {
+    const int64_t n_row = n_head_kv*c.head_dim;
+
+    for (int64_t i = 0; i < c.n_kv; ++i) {
+        bool visible = false;
+        for (int64_t it = 0; it < c.n_tokens; ++it) {
+            visible |= mask.get(it*c.n_kv + i) > -INFINITY;
+        }
+        for (int64_t j = i*n_row; j < (i + 1)*n_row && !visible; ++j) {
+            k->set(j, NAN);
+            v->set(j, j % 2 ? NAN : INFINITY);
+        }
+    }
+}
+
+// faint: every other token gets most of the attention and has little V
+static void pages_fill(const test_case & c, const monarch_op_params & op, int64_t n_pages_max, test_tensor * pool, test_tensor * summary, bool faint = false) {
     std::vector<float> k(c.page_size*c.head_dim);
     std::vector<float> v(c.page_size*c.head_dim);
 
     for (int64_t h = 0; h < n_head_kv; ++h) {
         for (int64_t page = 0; page < n_pages_max; ++page) {
             for (size_t i = 0; i < k.size(); ++i) {
-                k[i] = random_value();
-                v[i] = random_value();
+                const bool is_faint = faint && i/c.head_dim % 2;
+
+                k[i] = random_value()*(is_faint ? 4.0f  : 1.0f);
+                v[i] = random_value()*(is_faint ? 0.02f : 1.0f);
             }
             monarch_codec_encode_page(&op.codec, k.data(), v.data(), (uint8_t *) pool->tensor.data + monarch_pool_offset(&op.codec, n_pages_max, h, page));
             monarch_summary_encode(op.scorer, c.head_dim, c.page_size, k.data(),

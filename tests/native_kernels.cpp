@@ -6,9 +6,9 @@
 
 #include "native_cases.h"
 
-static bool test_case_read(test_case * c, int32_t * q_zero) {
-    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
-            &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs, q_zero) == 15;
+static bool test_case_read(test_case * c, int32_t * q_zero, int32_t * faint) {
+    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
+            &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs, q_zero, faint) == 16;
 }
 
 // in the order of the table; 0: not promoted, or promoted without being estimated
@@ -32,7 +32,7 @@ static std::vector<float> get_estimates(const test_case & c, int64_t n_pages_max
     return res;
 }
 
-static void test_case_run(const test_case & c, int32_t q_zero) {
+static void test_case_run(const test_case & c, int32_t q_zero, int32_t faint) {
     const int64_t n_pages_max = (c.n_pages + 16)/16*16; // one more than needed, at least
 
     monarch_op_params op = {};
@@ -63,8 +63,9 @@ static void test_case_run(const test_case & c, int32_t q_zero) {
         k.set(i, random_value());
         v.set(i, random_value());
     }
-    mask_fill (c, &mask);
-    pages_fill(c, op, n_pages_max, &pool, &summary);
+    mask_fill  (c, &mask);
+    hidden_fill(c, mask, &k, &v);
+    pages_fill (c, op, n_pages_max, &pool, &summary, faint);
     table_fill(c, n_pages_max, (int32_t *) table.tensor.data);
 
     test_tensor * src[] = { &q, &k, &v, &mask, &pool, &summary, &state, &table };
@@ -97,8 +98,9 @@ static void test_case_run(const test_case & c, int32_t q_zero) {
 int main() {
     test_case c;
     int32_t   q_zero;
-    while (test_case_read(&c, &q_zero)) {
-        test_case_run(c, q_zero);
+    int32_t   faint;
+    while (test_case_read(&c, &q_zero, &faint)) {
+        test_case_run(c, q_zero, faint);
     }
     return 0;
 }

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     mask_f32: int = 0
     n_runs: int = 1
     q_zero: int = 0
+    faint: int = 0  # tokens of much attention and little V
 
 
 def upstream_dir() -> Path:

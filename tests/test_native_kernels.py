@@ -71,6 +71,16 @@ def test_kernel_equals_plain_path(program: Program, mode: int) -> None:
         assert nmse(a, b) <= 0.02 * nmse(b, exact), case
 
 
+def test_tokens_of_little_v_are_as_exact_as_others(program: Program) -> None:
+    """Row by row: tokens like attention sinks have little V and get most of the attention."""
+    cases = [Case(head_dim, n_gqa=8, n_tokens=4, n_pages=12, faint=1, mask_f32=1) for head_dim in HEAD_DIMS]
+    got, want = run_both(program, cases)
+    truth = run(program.command, "plain", [case._replace(bits_k=16, bits_v=16) for case in cases])
+    for case, a, b, exact in zip(cases, got, want, truth, strict=True):
+        kernel, codec = (((x - y) ** 2).sum(-1) for x, y in ((a, b), (b, exact)))
+        assert np.median(kernel / codec) <= 0.005, case
+
+
 def test_hot_window_alone_is_f32(program: Program) -> None:
     cases = [
         Case(head_dim, n_gqa, n_tokens, mode=WINDOW, n_kv=n_kv, mask_f32=n_tokens > 1)

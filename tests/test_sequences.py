@@ -237,6 +237,22 @@ def test_a_copy_in_parts_lists_each_page_once(arms: dict[str, Server]) -> None:
     assert got["n_promoted"] == want["n_promoted"] > 0
 
 
+def test_a_page_that_loses_its_front_begins_after_the_copy_in_its_hole(arms: dict[str, Server]) -> None:
+    """What is removed later is found all the same."""
+    ops = [
+        *(["decode", prompt(100, [s])] for s in (0, 1)),
+        ["rm", 0, 8, 12],
+        ["cp", 1, 0, 8, 12],
+        ["rm", 0, 0, 8],
+        ["decode", prompt(1, [0], 100)],
+        ["rm", 0, 8, 10],
+        ["decode", prompt(1, [0], 101)],
+        ["rm", 0, 0, 12],
+        ["decode", prompt(1, [0], 102)],
+    ]
+    check_agreement(arms, ops)
+
+
 def test_a_copy_outlives_what_it_was_made_of(arms: dict[str, Server]) -> None:
     ops = [
         ["decode", prompt(110, [0])],
@@ -262,6 +278,13 @@ def test_a_whole_state_keeps_what_is_shared(arms: dict[str, Server]) -> None:
     ]
     stats = check_agreement(arms, ops)["stats"]
     assert stats["n_tokens"] < 110 + N_SEQS * 40
+
+
+def test_a_state_whose_tables_could_outgrow_the_pages_is_refused(arms: dict[str, Server]) -> None:
+    ops = [*(["decode", prompt(110, [s])] for s in (0, 1)), ["save", "all", -1], ["load", "all", -1]]
+    ops += [["forge", "all"], ["load", "all", -1]]
+    got = arms["paged"].run(CASE | {"ops": ops, "kv_unified": True, "env": ENV})
+    assert [step["status"] for step in got["steps"]] == [0, 0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("kv_unified", [True, False])
