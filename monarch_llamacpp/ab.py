@@ -18,11 +18,12 @@ from .ab_probe import run_probes
 from .ab_quality import run_quality
 from .ab_receipt import environment
 from .ab_report import print_report
-from .ab_rows import Rows, check_output, read_rows, write_file
+from .ab_rows import Rows, read_rows, write_file
 from .ab_settings import Settings, read_settings
 from .builder_progress import Progress
 from .errors import UsageError
 from .knobs import add_knob_arguments, knobs_from_args
+from .output_file import check_output
 
 _RUN = {"memory": run_probes, "quality": run_quality, "speed": run_bench}
 
@@ -42,15 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = read_settings(args)
-    check_output("--json", args.json)
-    check_output("--html", args.html)
-    if args.resume and not args.json:
-        raise UsageError("--resume: name the file to continue with --json")
+    _check_outputs(args)
     knobs = knobs_from_args(args)
     arms = make_arms(args.arms, args.arm, knobs)
     rows = Rows(args.json, read_rows(args.json) if args.resume else ())
     _measure(arms, settings, rows, args.html)
     return 1 if rows.of("failure") else 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    files = [file for file in (args.json, args.html) if file]
+    for file in files:
+        check_output(file)
+    if len({file.resolve() for file in files}) < len(files):
+        raise UsageError(f"--json and --html both name {args.json}: give two files")
+    if args.resume and not args.json:
+        raise UsageError("--resume: name the file to continue with --json")
 
 
 def _measure(arms: Sequence[Arm], settings: Settings, rows: Rows, html: Path | None) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import MonarchError, UsageError
+from .errors import MonarchError
+from .output_file import replaced
 
 Row = dict[str, Any]
 
@@ -17,23 +17,10 @@ Row = dict[str, Any]
 _KEY = ("row", "arm", "control", "flash_attn", "n_depth", "n_prompt", "n_gen", "metric", "way", "length", "depth")
 
 
-def check_output(flag: str, file: Path | None) -> None:
-    """Before the work, not after it."""
-    if file is None:
-        return
-    folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{flag} {file}: give a file in a folder that exists and can be written to")
-
-
 def write_file(file: Path, text: str) -> None:
     """Whole or not at all."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
+    with replaced(file) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def make_receipt(facts: object) -> str:

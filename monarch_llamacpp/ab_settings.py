@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checks import check_model, check_threads
 from .errors import MonarchError, UsageError
 
 PARTS = ("memory", "quality", "speed")
@@ -89,8 +90,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     values = {name: vars(preset)[name] if value is None else value for name, value in chosen.items()}
     if args.mode is not None:
         raise UsageError("--mode belongs to the arms here: choose them with --arms")
-    if not args.model.is_file():
-        raise MonarchError(f"no model at {args.model}: give the path of a GGUF file")
+    check_model(args.model)
     if args.text and not args.text.is_file():
         raise MonarchError(f"no text at {args.text}: give the path of a text file")
     _check_least(args, values)
@@ -107,8 +107,7 @@ def _check_least(args: argparse.Namespace, values: dict) -> None:
             raise UsageError(f"{flag} {values[name]}: allowed is {least} and more")
     if values["decode_tokens"] > values["text_tokens"] // 2:
         raise UsageError(f"--decode-tokens {values['decode_tokens']}: allowed is half of --text-tokens at most")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads {args.threads}: allowed is 1 and more")
+    check_threads("--threads", args.threads)
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:

@@ -16,6 +16,7 @@ from .chat_commands import COMMANDS, Leave, read_text, run_command
 from .chat_input import History, ReadLine, pipe_line, read_entry, terminal_line
 from .chat_state import load_session, save_session
 from .chat_view import ProgressLine, pages_summary, say, turn_line
+from .checks import check_ctx_size, check_threads
 from .errors import MonarchError, UsageError
 from .knobs import Knobs, add_knob_arguments, knobs_from_args, specs
 from .template import PlainText
@@ -87,7 +88,7 @@ class Chat:
             return self._converse()
         if not args.file and _is_piped(sys.stdin):
             self.session.add_context(read_text("-"))
-        self.ask(args.prompt)
+        self.ask(_decode_argument(args.prompt))
         return self._status()
 
     def _converse(self) -> int:
@@ -210,12 +211,10 @@ class Chat:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.ctx_size < 0:
-        raise UsageError(f"--ctx-size {args.ctx_size}: allowed is 1 and more, 0 for the trained context")
+    check_ctx_size("--ctx-size", args.ctx_size)
+    check_threads("--threads", args.threads)
     if not 0 <= args.temp < float("inf"):
         raise UsageError(f"--temp {args.temp}: allowed is 0 and more")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads {args.threads}: allowed is 1 and more")
     if args.seed is not None and not 0 <= args.seed < 1 << 32:
         raise UsageError(f"--seed {args.seed}: allowed is 0 to {(1 << 32) - 1}")
     if args.session and not args.session.absolute().parent.is_dir():
@@ -224,10 +223,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--file - needs --prompt: standard input cannot be both text and conversation")
 
 
+def _decode_argument(text: str) -> str:
+    """Python keeps bytes of an argument that are no text as lone surrogates, which no tokenizer takes."""
+    return os.fsencode(text).decode(errors="replace")
+
+
 def _make_streams_lenient() -> None:
-    """Neither a locale without emoji nor input that is no UTF-8 ends a conversation."""
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)
+    """Neither a closed stream, nor a locale without emoji, nor input that is no UTF-8 ends a conversation."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,14 +94,15 @@ class History:
         readline.set_completer(self._complete)
         readline.set_completer_delims(" ")
         readline.parse_and_bind("tab: complete")
-        if self._path.is_file():
+        with contextlib.suppress(OSError):  # a history that cannot be kept is no reason to fail
             readline.read_history_file(str(self._path))
 
     def save(self) -> None:
         if readline is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(str(self._path))
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(str(self._path))
 
     def _complete(self, text: str, state: int) -> str | None:
         found = [word for word in self._words if text and word.startswith(text)]

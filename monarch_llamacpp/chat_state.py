@@ -9,13 +9,13 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import MonarchError
+from .output_file import replaced
 
 if TYPE_CHECKING:
     from .chat_session import Session
@@ -32,32 +32,12 @@ def save_session(session: Session, path: Path) -> int:
     }  # fmt: skip
     text = json.dumps(description).encode()
     state = session.llm.get_sequence_state()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _write(part, [HEAD.pack(MAGIC, len(text), zlib.crc32(text)), text, state])
-        part.replace(path)
-        _sync_folder(path.absolute().parent)
+        with replaced(path) as part, open(part, "wb") as file:
+            file.writelines([HEAD.pack(MAGIC, len(text), zlib.crc32(text)), text, state])
     except OSError as error:
         raise MonarchError(f"cannot save {path}: {error.strerror}; the file is as it was") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path.stat().st_size
-
-
-def _write(path: Path, parts: list[bytes]) -> None:
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_session(session: Session, path: Path) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -18,9 +16,8 @@ from .convert_safetensors import Checkpoint
 from .convert_source import DEFAULT_REPO, find_source
 from .convert_tensors import OUTTYPES, Plan, plan_tensors, write_tensors
 from .convert_vocab import Vocab, add_vocab, read_vocab
-from .errors import MonarchError, UsageError
-
-MAGIC = b"GGUF"
+from .errors import MonarchError
+from .output_file import check_gguf_output, replaced
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,27 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_output(args.output)
+    check_gguf_output(args.output)
     folder, name = find_source(args.source)
     n_bytes = convert(folder, args.output, args.outtype, name)
     print(f"{args.output}: {n_bytes / 2**20:.1f} MiB, {args.outtype}", file=sys.stderr)
     return 0
-
-
-def check_output(output: Path) -> None:
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder; name the file to write, for example {output / 'model.gguf'}")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"the folder {output.absolute().parent} does not exist; create it, or write elsewhere")
-    if output.exists() and not is_gguf(output):
-        raise UsageError(f"{output} exists and is no GGUF; name another file")
-
-
-def is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == MAGIC
 
 
 def convert(folder: Path, output: Path, outtype: str, name: str) -> int:
@@ -60,26 +41,13 @@ def convert(folder: Path, output: Path, outtype: str, name: str) -> int:
     hparams = read_hparams(folder)
     plan = plan_tensors(Checkpoint(folder), hparams, outtype)  # first: it proves the sizes that config.json claims
     vocab = read_vocab(folder, hparams)
-    with replaced(output) as part:
-        write_gguf(part, hparams, vocab, plan, outtype, name)
-    return output.stat().st_size
-
-
-@contextlib.contextmanager
-def replaced(output: Path) -> Iterator[Path]:
-    """A temporary name beside output that becomes output when all is written and synchronised."""
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        open(part, "xb").close()  # never through a link that waits there
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(output)
+        with replaced(output) as part:
+            write_gguf(part, hparams, vocab, plan, outtype, name)
     except OSError as error:
         cause = error.strerror or "not all of it could be written, the disk may be full"  # numpy does not tell
         raise MonarchError(f"{error.filename or output}: {cause}; no output was left") from error
-    finally:
-        part.unlink(missing_ok=True)
+    return output.stat().st_size
 
 
 def write_gguf(path: Path, hparams: Hparams, vocab: Vocab, plan: list[Plan], outtype: str, name: str) -> None:

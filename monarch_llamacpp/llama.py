@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import library
+from .checks import check_ctx_size, check_model, check_threads
 from .errors import MonarchError
 from .knobs import Knobs, Value, find_spec
 from .shim import Hook, Page, Shim, Stats
@@ -54,8 +55,10 @@ class Llama(llama_cpp.Llama):
         self._stack = ExitStack()  # the base class closes it even when it never opened
         if paging is not None:
             SHIM.validate(paging)
-        if not Path(model_path).is_file():
-            raise MonarchError(f"no model at {model_path}: give the path of a GGUF file")
+        check_model(Path(model_path))
+        check_ctx_size("n_ctx", kwargs.get("n_ctx", 0))
+        for name in ("n_threads", "n_threads_batch"):
+            check_threads(name, kwargs.get(name))
         self._hooks: Any = None
         self._create(str(model_path), paging, kwargs | {"n_gpu_layers": n_gpu_layers})
 

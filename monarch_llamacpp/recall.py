@@ -23,7 +23,6 @@ Layer 0 leaves the 33 pairs zero, layer 1 the 31. The feed-forward weights are z
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UsageError
+from .output_file import check_gguf_output, check_output, replaced
 from .recall_text import make_haystack
 from .recall_vocab import BOS, CODE_DIM, COMMON_WEIGHT, EOS, STOP, UNKNOWN, Token, codes, random_signs, spell, tokens
 
@@ -78,17 +78,14 @@ def write_recall_model(
     path: Path, *, n_head: int = 1, n_head_kv: int = 1, context_length: int = CONTEXT_LENGTH
 ) -> None:
     """Every query head holds the whole circuit and adds 1/n_head of the result; every KV head has codes of its own."""
-    if n_head_kv < 1 or n_head % n_head_kv:
+    if min(n_head, n_head_kv) < 1 or n_head % n_head_kv:
         raise UsageError(
             f"{n_head} query heads cannot share {n_head_kv} KV heads: n_head must be a multiple of n_head_kv"
         )
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    if not 1 <= context_length < 2**31:
+        raise UsageError(f"a context of {context_length} tokens is none: give 1 to {2**31 - 1}")
+    with replaced(Path(path)) as part:
         _write_gguf(part, n_head, n_head_kv, context_length)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_gguf(path: Path, n_head: int, n_head_kv: int, context_length: int) -> None:
@@ -263,6 +260,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Questions and answers of the text go to stdout, one per line with a tab between."""
+    check_gguf_output(args.output)
+    if args.text:
+        check_output(args.text)
     haystack = make_haystack(args.text_tokens, args.needles, args.seed) if args.text else None
     write_recall_model(args.output, n_head=args.heads, n_head_kv=args.kv_heads, context_length=args.ctx_size)
     print(f"wrote {args.output}", file=sys.stderr)

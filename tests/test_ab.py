@@ -278,8 +278,13 @@ def test_a_file_that_cannot_be_resumed_says_so(tmp_path, content):
         (["{model}", "--reps", "0"], 2, "--reps 0"),
         (["{model}", "--threads", "0"], 2, "--threads 0"),
         (["{model}", "--page-size", "17"], 2, "page_size = 17"),
-        (["{model}", "--json", "/nowhere/rows.json"], 2, "--json /nowhere/rows.json"),
-        (["{model}", "--html", "/nowhere/page.html"], 2, "--html /nowhere/page.html"),
+        (["{model}", "--json", "/nowhere/rows.json"], 2, "the folder /nowhere does not exist"),
+        (["{model}", "--html", "/nowhere/page.html"], 2, "the folder /nowhere does not exist"),
+        (["{model}", "--json", "/dev/null"], 2, "/dev/null is a device or a pipe: give a file"),
+        (["{model}", "--json", "{model}.x", "--html", "{model}.x"], 2, "--json and --html both name"),
+        (["{model}", "--threads", "513"], 2, "--threads 513: allowed is 1 to 512"),
+        (["/dev/null"], 1, "no model at /dev/null"),
+        ([__file__], 1, "test_ab.py is no GGUF"),
         (["{model}", "--arm", "wide", "--arm", "wide"], 2, "there is an arm wide already"),
         (["{model}", "--arm", "paged:sink_tokens=4"], 2, "--arm paged:sink_tokens=4: give NAME:knob=value"),
         (["{model}", "--arm", "wide:promote=4"], 2, "no knob is named promote"),
@@ -294,7 +299,7 @@ def test_a_file_that_cannot_be_resumed_says_so(tmp_path, content):
 def test_wrong_usage_is_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.setattr(ab, "_RUN", {})  # nothing may start
     model = tmp_path / "model.gguf"
-    model.touch()
+    model.write_bytes(b"GGUF")
     assert run_command("ab", [argument.format(model=model) for argument in arguments]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line

@@ -1,0 +1,36 @@
+"""What callers give, checked before llama.cpp sees it: that ends the process, or takes the lower bits of a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import MonarchError, UsageError
+
+GGUF_MAGIC = b"GGUF"
+
+MAX_CTX_SIZE = 2**31 - 1  # positions are 32 bits
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+
+
+def check_threads(name: str, value: int | None) -> None:
+    if value is not None and not 1 <= value <= MAX_THREADS:
+        raise UsageError(f"{name} {value}: allowed is 1 to {MAX_THREADS}")
+
+
+def check_ctx_size(name: str, value: int) -> None:
+    if not 0 <= value <= MAX_CTX_SIZE:
+        raise UsageError(f"{name} {value}: allowed is 1 to {MAX_CTX_SIZE}, 0 for the trained context")
+
+
+def check_model(file: Path) -> None:
+    if not file.is_file():
+        raise MonarchError(f"no model at {file}: give the path of a GGUF file")
+    if not is_gguf(file):
+        raise MonarchError(f"{file} is no GGUF: python -m monarch_llamacpp convert makes one of a checkpoint")
+
+
+def is_gguf(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(len(GGUF_MAGIC)) == GGUF_MAGIC
