@@ -29,8 +29,8 @@ def print_report(console: Console, rows: Sequence[Row]) -> None:
         console.print(_quality_table(Quality(by_kind["quality"])))
     notes = [*_stock_notes(speeds), *_noise_notes(by_kind["speed"]), *_nothing_cold_notes(rows)]
     for line in [*notes, *(f"failed: {row['reason']}" for row in by_kind["failure"])]:
-        console.print(line, highlight=False, markup=False)
-    console.print(verdict(rows), highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    console.print(verdict(rows), highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _make_table(title: str, *columns: str) -> Table:

@@ -154,8 +154,8 @@ def _haystack(tokenize: Tokenize, bos: int, name: str, length: int, seed: int, g
     generic = name != SMALL_MODEL_NAME
     said = [tokenize(f" {fact.plain if generic else fact.statement}") for fact in facts]
     tokens = [bos] if generic else [bos, *tokenize("<|user|>\n")]
-    filler = _filler(tokenize, rng, given)
     n_filler = length - ROOM - len(tokens) - sum(map(len, said))
+    filler = _filler(tokenize, rng, given, max(1, n_filler // (4 * N_NEEDLES)))
     n_taken = 0
     for i, statement in enumerate(said):
         while n_taken < (2 * i + 1) / (2 * N_NEEDLES) * n_filler:
@@ -176,14 +176,19 @@ def _haystack(tokenize: Tokenize, bos: int, name: str, length: int, seed: int, g
     return Haystack(length, tokens, questions)
 
 
-def _filler(tokenize: Tokenize, rng: random.Random, given: str | None) -> Iterator[list[int]]:
-    """Sentences: of the text given, from anywhere in it and round its end; or made."""
+def _filler(tokenize: Tokenize, rng: random.Random, given: str | None, n_most: int) -> Iterator[list[int]]:
+    """Sentences: of the text given, from anywhere in it and round its end; or made.
+
+    What has no sentences, as code, comes in pieces of n_most tokens: needles lie where they should all the same.
+    """
     if given is None:
         yield from (tokenize(sentence) for sentence in recall_text.make_sentences(rng))
     sentences = re.split(r"(?<=[.!?])\s+", " ".join((given or "").split()))
     start = rng.randrange(len(sentences))
     while True:
-        yield from (tokenize(f" {sentence}") for sentence in sentences[start:] + sentences[:start])
+        for sentence in sentences[start:] + sentences[:start]:
+            tokens = tokenize(f" {sentence}")
+            yield from (tokens[i : i + n_most] for i in range(0, len(tokens), n_most))
 
 
 def _make_facts(n: int, rng: random.Random) -> list[_Fact]:

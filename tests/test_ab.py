@@ -18,7 +18,7 @@ from child import TESTS
 from rich.console import Console
 
 import models as random_models
-from monarch_llamacpp import ab, ab_bench, ab_text, recall_text
+from monarch_llamacpp import ab, ab_bench, ab_probe, ab_text, recall_text
 from monarch_llamacpp.ab_arms import ARMS, Arm, make_arms
 from monarch_llamacpp.ab_bench import merge_rows
 from monarch_llamacpp.ab_child import check_activity
@@ -43,6 +43,15 @@ def memory_row(arm: str, kv_bytes: int = 1 << 31, stats: dict | None = None) -> 
     timeline = [[0, 0, 0, 0, 0, 0], [65540, 512, 1024, 512, 65028, kv_bytes]]
     sizes = {"n_tokens": 65540, "kv_bytes": kv_bytes, "peak_rss_bytes": 1 << 33, "vram_bytes": 0}
     return {"row": "memory", "arm": arm, "knobs": None, "stats": stats, "timeline": timeline, **sizes, **times}
+
+
+def test_upstream_s_memory_and_first_token_are_those_of_its_better_setting():
+    sizes = {"stats": None, "vram_bytes": 0}
+    off = sizes | {"token_ms": [1.0, 2.0, 9.0], "peak_rss_bytes": 20, "first_token_s": 3.0}
+    on = sizes | {"token_ms": [3.0, 3.0, 3.0], "peak_rss_bytes": 10, "first_token_s": 2.0}
+    row = ab_probe._row(Arm("stock", Path("/nowhere"), None), {0: off, 1: on})
+    assert (row["flash_attn"], row["token_ms"]) == (0, off["token_ms"])
+    assert (row["peak_rss_bytes"], row["first_token_s"]) == (10, 2.0)
 
 
 def quality_rows(arm: str, kl: float = 0.0123, control: bool = False) -> list[dict]:
@@ -222,7 +231,9 @@ def test_needles_lie_where_they_are_said_to(name):
     def tokenize(text: str) -> list[int]:
         return [ids.setdefault(word, len(ids)) for word in text.split()]
 
-    for haystack in ab_text.make_haystacks(tokenize, 0, name, [512], 2, None):
+    code = " ".join(f"x{i} = {i}" for i in range(3000))  # a text without sentences
+    for haystack in [*ab_text.make_haystacks(tokenize, 0, name, [512], 2, None),
+                     *ab_text.make_haystacks(tokenize, 0, name, [512], 2, code)]:  # fmt: skip
         assert 512 - ab_text.ROOM - 4 <= len(haystack.tokens) <= 512 - ab_text.ROOM
         for question in haystack.questions:
             (value,) = [ids[word] for word in ids if word.rstrip(".") == question.expected]
