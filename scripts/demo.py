@@ -107,7 +107,7 @@ def conclude(correct: dict[str, int]) -> None:
         vs stock: what reading less gives at that depth; at 0: what paging costs while there is nothing to page. This
         model is tiny and its context short: longer contexts gain more (README.md).
 
-        KV cache: a fixed part for the hot window, and about a quarter of stock's bytes for every older token.
+        KV cache: a fixed part for the hot window, and 0.30 of stock's bytes for every older token.
 
         What 4-bit pages cost in quality, and how to run all this on a model of yours: README.md. To see it tested: make
         test.
