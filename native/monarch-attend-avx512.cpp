@@ -547,17 +547,41 @@ struct monarch_group {
     __mmask16       mask; // tokens that count
 };
 
+// Scales of V of a group: a power of two, by whose logarithm logits are raised, and what is left, 1 to 2: the greatest of what
+// is raised has nearly the greatest weight times scale, to which all are rounded.
+struct monarch_v_scales {
+    __m512 raise;
+    __m512 inverse; // of the power
+    __m512 rest;    // in units of a weight's 8 bits
+};
+
+// greatest value of those 8 bits, half: the rest is below 2
+#define MONARCH_WEIGHT_UNIT 127.5f
+
+static inline struct monarch_v_scales monarch_v_scales_load(const uint8_t * src) {
+    // a token whose V is zero counts all the same
+    const __m512 scales = _mm512_max_ps(monarch_scales_load(src), _mm512_set1_ps(0x1p-24f));
+    const __m512 power  = _mm512_getexp_ps(scales);
+
+    struct monarch_v_scales res;
+    res.raise   = _mm512_mul_ps(power, _mm512_set1_ps(0.693147181f));
+    res.inverse = _mm512_scalef_ps(_mm512_set1_ps(1.0f), _mm512_sub_ps(_mm512_setzero_ps(), power));
+    res.rest    = _mm512_mul_ps(_mm512_getmant_ps(scales, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src), _mm512_set1_ps(MONARCH_WEIGHT_UNIT));
+    return res;
+}
+
 struct monarch_cold {
     struct monarch_lookup       k_x, k_y; // plus 128
     struct monarch_lookup       v_x, v_y;
     struct monarch_codec_layout layout;
-    struct monarch_group        groups[MONARCH_GROUPS];
+    struct monarch_group        groups  [MONARCH_GROUPS];
+    struct monarch_v_scales     v_scales[MONARCH_GROUPS];
     int32_t                     n_groups;
 };
 
-// logits of 16 tokens for R rows; k_x, k_y: [head_dim/8]
+// raised logits of 16 tokens for R rows; k_x, k_y: [head_dim/8]
 template <int R>
-static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, __m512 k_scale, __mmask16 mask, const struct monarch_avx512_work * avx512, int64_t ir, float * logits) {
+static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const __m512i * k_y, __m512 k_scale, __m512 raise, __mmask16 mask, const struct monarch_avx512_work * avx512, int64_t ir, float * logits) {
     const int8_t * q = avx512->q + ir*MONARCH_Q_STRIDE;
 
     __m512i dot[R];
@@ -571,7 +595,7 @@ static inline void monarch_cold_dot(int64_t head_dim, const __m512i * k_x, const
         }
     }
     for (int r = 0; r < R; ++r) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_mul_ps(k_scale, _mm512_set1_ps(avx512->q_scale[ir + r])));
+        const __m512 scaled = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_mul_ps(k_scale, _mm512_set1_ps(avx512->q_scale[ir + r])), raise);
 
         _mm512_storeu_ps(logits + (ir + r)*MONARCH_TILE, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, scaled));
     }
@@ -599,18 +623,19 @@ static void monarch_cold_get_logits(const struct monarch_attend * attend, const 
     }
 
     const __m512 scale = monarch_scales_load(group->block + cold->layout.k_scales + 2*group->t0);
+    const __m512 raise = cold->v_scales[ig].raise;
 
     float * logits = avx512->logits + ig*MONARCH_LANES;
 
     int64_t ir = 0;
     for (; ir + 8 <= work->n_rows; ir += 8) {
-        monarch_cold_dot<8>(head_dim, x, y, scale, group->mask, avx512, ir, logits);
+        monarch_cold_dot<8>(head_dim, x, y, scale, raise, group->mask, avx512, ir, logits);
     }
     for (; ir + 4 <= work->n_rows; ir += 4) {
-        monarch_cold_dot<4>(head_dim, x, y, scale, group->mask, avx512, ir, logits);
+        monarch_cold_dot<4>(head_dim, x, y, scale, raise, group->mask, avx512, ir, logits);
     }
     for (; ir < work->n_rows; ++ir) {
-        monarch_cold_dot<1>(head_dim, x, y, scale, group->mask, avx512, ir, logits);
+        monarch_cold_dot<1>(head_dim, x, y, scale, raise, group->mask, avx512, ir, logits);
     }
 }
 
@@ -637,9 +662,9 @@ static inline float monarch_lane_get(__m128 x, int i) {
     return lanes[i];
 }
 
-// softmax weights of a tile times the scales of V, [n_groups], as 8 bits relative to the greatest of the row
+// softmax weights of a tile times the scales of V, as 8 bits relative to nearly the greatest of the row
 template <int R>
-static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, const __m512 * v_scales, int64_t ir) {
+static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512, int64_t head_dim, int64_t ir) {
     struct monarch_row * rows = work->rows + ir;
 
     const int32_t n_groups = cold->n_groups;
@@ -668,63 +693,43 @@ static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct m
     const __m128 max    = _mm_setr_ps(rows[0].max, rows[R > 1 ? 1 : 0].max, rows[R > 2 ? 2 : 0].max, rows[R > 3 ? 3 : 0].max);
     const __m128 factor = _mm512_castps512_ps128(monarch_exp(_mm512_castps128_ps512(_mm_sub_ps(top, max))));
 
-    __m512 scaled[R][MONARCH_GROUPS];
-
     for (int r = 0; r < R; ++r) {
         const __m512 top_r    = _mm512_set1_ps(monarch_lane_get(top, r));
         const float  factor_r = monarch_lane_get(factor, r);
 
         __m512 sum = _mm512_setzero_ps();
 
-        tops[r] = _mm512_set1_ps(1e-30f);
-
         for (int32_t ig = 0; ig < n_groups; ++ig) {
-            const __m512 weights = monarch_exp(_mm512_sub_ps(_mm512_loadu_ps(avx512->logits + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), top_r));
+            const __m512 scaled  = monarch_exp(_mm512_sub_ps(_mm512_loadu_ps(avx512->logits + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), top_r));
+            const __m512 inverse = cold->v_scales[ig].inverse;
 
             if (cold->groups[ig].ic < rows[r].n_mass) {
-                rows[r].mass[cold->groups[ig].ic] += factor_r*_mm512_reduce_add_ps(weights);
+                rows[r].mass[cold->groups[ig].ic] += factor_r*_mm512_reduce_add_ps(_mm512_mul_ps(scaled, inverse));
             }
-            sum = _mm512_add_ps(sum, weights);
+            sum = _mm512_fmadd_ps(scaled, inverse, sum);
 
-            scaled[r][ig] = _mm512_mul_ps(weights, v_scales[ig]);
-            tops[r]       = _mm512_max_ps(tops[r], scaled[r][ig]);
+            const __m128i w = _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(scaled, cold->v_scales[ig].rest)));
+
+            _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), w);
         }
 
         float * sums = avx512->sums + (ir + r)*MONARCH_LANES;
 
         _mm512_storeu_ps(sums, _mm512_fmadd_ps(sum, _mm512_set1_ps(factor_r), _mm512_loadu_ps(sums)));
-    }
 
-    const __m128 unit    = _mm_mul_ps(monarch_max_each<R>(tops), _mm_set1_ps(1.0f/255.0f));
-    const __m128 inverse = _mm_div_ps(_mm_set1_ps(1.0f), unit);
-    const __m128 w_scale = _mm_mul_ps(factor, unit);
-
-    for (int r = 0; r < R; ++r) {
-        for (int32_t ig = 0; ig < n_groups; ++ig) {
-            const __m512i w = _mm512_cvtps_epi32(_mm512_mul_ps(scaled[r][ig], _mm512_set1_ps(monarch_lane_get(inverse, r))));
-
-            _mm_storeu_si128((__m128i *) (avx512->w + (ir + r)*MONARCH_TILE + ig*MONARCH_LANES), _mm512_cvtusepi32_epi8(w));
-        }
-        avx512->w_scale[ir + r] = monarch_lane_get(w_scale, r);
+        avx512->w_scale[ir + r] = factor_r/MONARCH_WEIGHT_UNIT;
     }
 }
 
 static void monarch_cold_weigh_rows(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    __m512 scales[MONARCH_GROUPS];
-    for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
-        const struct monarch_group * group = &cold->groups[ig];
-
-        scales[ig] = _mm512_maskz_mov_ps(group->mask, monarch_scales_load(group->block + cold->layout.v_scales + 2*group->t0));
-    }
-
     int64_t ir = 0;
     for (; ir + 4 <= work->n_rows; ir += 4) {
-        monarch_cold_weigh<4>(cold, work, avx512, head_dim, scales, ir);
+        monarch_cold_weigh<4>(cold, work, avx512, head_dim, ir);
     }
     for (; ir < work->n_rows; ++ir) {
-        monarch_cold_weigh<1>(cold, work, avx512, head_dim, scales, ir);
+        monarch_cold_weigh<1>(cold, work, avx512, head_dim, ir);
     }
 }
 
@@ -778,6 +783,10 @@ static inline void monarch_cold_add(const struct monarch_attend * attend, const 
 
 static void monarch_cold_attend_tile(const struct monarch_attend * attend, struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512) {
     for (int32_t ig = 0; ig < cold->n_groups; ++ig) {
+        const struct monarch_group * group = &cold->groups[ig];
+
+        cold->v_scales[ig] = monarch_v_scales_load(group->block + cold->layout.v_scales + 2*group->t0);
+
         monarch_cold_get_logits(attend, cold, work, avx512, ig);
     }
 
