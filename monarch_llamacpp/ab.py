@@ -52,10 +52,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    files = [file for file in (args.json, args.html) if file]
-    for file in files:
-        check_output(file)
-    if len({file.resolve() for file in files}) < len(files):
+    for flag, file in (("--json", args.json), ("--html", args.html)):
+        try:
+            if file:
+                check_output(file)
+        except UsageError as error:
+            raise UsageError(f"{flag} {file}: {error}") from None
+    if args.json and args.html and args.json.resolve() == args.html.resolve():
         raise UsageError(f"--json and --html both name {args.json}: give two files")
     if args.resume and not args.json:
         raise UsageError("--resume: name the file to continue with --json")

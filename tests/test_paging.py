@@ -137,20 +137,17 @@ def test_ubatch_size_does_not_matter_when_nothing_is_lost(patched_bin: Path, fol
 @pytest.mark.parametrize(
     ("mode", "kernel", "promote_tokens", "limit"),
     [
-        ("paged", "plain", 64, 1e-6),
-        ("paged", None, 4096, 1e-6),
+        ("paged", "plain", 64, 1e-7),
+        ("paged", None, 4096, 1e-7),
         ("paged", None, 64, 1e-2),
-        ("exact", None, 64, 1e-6),
+        ("exact", None, 64, 1e-7),
         ("window", None, 64, 1e-7),
     ],
 )
 def test_threads_do_not_matter(
     patched_bin: Path, folder: Path, cases: list[dict], mode: str, kernel: str | None, promote_tokens: int, limit: float
 ) -> None:
-    """More threads than KV heads share the ring and the pages of a head: sums round differently, then codes may.
-
-    One code of K that does makes 1e-7 of an NMSE; mostly none does, and it is 1e-14 to 1e-9.
-    """
+    """More threads than KV heads share the ring and the pages of a head: sums round differently, then codes may."""
     env = {"MONARCH_MODE": mode, "MONARCH_HOT_WINDOW": "32", "MONARCH_PROMOTE_TOKENS": str(promote_tokens)}
     env |= {"MONARCH_KERNEL": kernel} if kernel else {}
     for case in cases:
