@@ -1255,21 +1255,16 @@ static void monarch_score_find_run(const struct monarch_attend * attend, const f
     _mm512_storeu_ps(avx512->log_n + i, _mm512_set1_ps(log_table[monarch_mask_count(mask)]));
 }
 
-// from physical to table order, and the pages' token counts; of those that were not scored in place
-static void monarch_score_gather(const struct monarch_attend * attend, const struct monarch_avx512_work * avx512, int32_t i0, int32_t i1, const float * scores, float * dst) {
-    for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
-        const int32_t run = avx512->runs[i/MONARCH_LANES];
+// of up to 16 table entries from i on: a row's scores from physical to table order, and the pages' token counts
+static void monarch_score_gather(const struct monarch_attend * attend, const struct monarch_avx512_work * avx512, int32_t i, int32_t n, const float * scores, float * dst) {
+    const int32_t run = avx512->runs[i/MONARCH_LANES];
 
-        if (monarch_run_is_group(run)) {
-            continue;
-        }
-        if (run >= 0) {
-            _mm512_storeu_ps(dst + i, _mm512_add_ps(_mm512_loadu_ps(scores + run), _mm512_loadu_ps(avx512->log_n + i)));
-            continue;
-        }
-        for (int32_t j = i; j < MONARCH_MIN(i + MONARCH_LANES, i1); ++j) {
-            dst[j] = scores[attend->table[j].page] + avx512->log_n[j];
-        }
+    if (run >= 0) {
+        _mm512_storeu_ps(dst + i, _mm512_add_ps(_mm512_loadu_ps(scores + run), _mm512_loadu_ps(avx512->log_n + i)));
+        return;
+    }
+    for (int32_t j = i; j < i + n; ++j) {
+        dst[j] = scores[attend->table[j].page] + avx512->log_n[j];
     }
 }
 
@@ -1336,20 +1331,22 @@ static void monarch_score_rows(const struct monarch_attend * attend, int64_t hea
         }
     }
 
-    bool has_used = false;
-
     for (int64_t g = 0; g < attend->n_pages_max/MONARCH_SUMMARY_GROUP; ++g) {
         if (avx512->used[g]) {
-            has_used = true;
-
             const uint8_t * group = monarch_attend_get_group(attend, head_kv, g*MONARCH_SUMMARY_GROUP);
 
             score_group(head_dim, group, &query, kq_scale, 0.0f, avx512->scores + g*MONARCH_SUMMARY_GROUP, stride);
         }
     }
 
-    for (int64_t r = 0; r < n && has_used; ++r) {
-        monarch_score_gather(attend, avx512, i0, i1, avx512->scores + r*stride, work->rows[ir + r].mass);
+    // what was not scored in place
+    for (int32_t i = i0; i < i1; i += MONARCH_LANES) {
+        if (monarch_run_is_group(avx512->runs[i/MONARCH_LANES])) {
+            continue;
+        }
+        for (int64_t r = 0; r < n; ++r) {
+            monarch_score_gather(attend, avx512, i, MONARCH_MIN(MONARCH_LANES, i1 - i), avx512->scores + r*stride, work->rows[ir + r].mass);
+        }
     }
 }
 

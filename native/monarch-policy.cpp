@@ -11,6 +11,10 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
 
     if (head->step == committed) {
         for (int32_t i = 0; i < head->n_log; ++i) {
+            __builtin_prefetch(&count     [log[i].page], 1);
+            __builtin_prefetch(&importance[log[i].page], 1);
+        }
+        for (int32_t i = 0; i < head->n_log; ++i) {
             const int32_t page = log[i].page;
 
             monarch_policy_apply_entry(policy, &log[i], &count[page], &importance[page]);
@@ -221,6 +225,11 @@ void monarch_policy_write_log(
         const int32_t             * sticky) {
     int32_t i_chosen = 0;
     int32_t i_sticky = 0;
+
+    // the index lies in memory that nobody has touched for a whole step
+    for (int32_t i = 0; i < n_chosen; ++i) {
+        __builtin_prefetch(monarch_head_state_log_index(head, n_pages_max) + table[chosen[i]].page, 1);
+    }
 
     while (i_chosen < n_chosen || i_sticky < n_sticky) {
         const int32_t next_chosen = i_chosen < n_chosen ? chosen[i_chosen] : INT32_MAX;
