@@ -422,11 +422,8 @@ MONARCH_DEVICE float monarch_ring_get(int32_t type, const char * row, int32_t i)
     return type == GGML_TYPE_F32 ? ((const float *) row)[i] : monarch_f16_to_f32(((const uint16_t *) row)[i]);
 }
 
-// where the codec's own conversion serves, -inf comes out as -65536
 MONARCH_DEVICE float monarch_mask_get(const monarch_cuda_attend & a, int32_t i_kv, int32_t i_token) {
-    const float res = monarch_ring_get(a.mask.type, a.mask.data + i_token*a.mask.nb1, i_kv);
-
-    return a.mask.type == GGML_TYPE_F16 && res <= -65536.0f ? -INFINITY : res;
+    return monarch_ring_get(a.mask.type, a.mask.data + i_token*a.mask.nb1, i_kv);
 }
 
 // whether what the pages get that are not chosen goes to the mean V of the hot window (monarch-attend.h)

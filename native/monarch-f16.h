@@ -69,7 +69,7 @@ MONARCH_HD static inline float monarch_f16_to_f32(uint16_t h) {
 
     uint32_t bits;
     memcpy(&bits, &x, sizeof(bits));
-    bits |= sign;
+    bits |= sign | (magnitude >= 0x7c00 << 13 ? 0x7f800000 : 0); // infinity and NaN stay what they are
     memcpy(&x, &bits, sizeof(x));
     return x;
 #endif

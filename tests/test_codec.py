@@ -100,6 +100,15 @@ def test_f16_rounds_as_ieee_says(build):
         np.testing.assert_array_equal(native.decode_page(c, block)[0], k.astype(np.float16).astype(np.float32))
 
 
+@pytest.mark.parametrize("build", BUILDS)
+def test_f16_is_read_as_ieee_says(build):
+    """All of it: the emulated CUDA kernels read rings and masks so, in which there are infinities and NaN."""
+    native, c = native_codec(build), Codec(256, 32, 16, 16)
+    for every in np.arange(65536, dtype=np.uint16).view(np.float16).reshape(-1, 2, 32, 256):
+        got = native.decode_page(c, every.tobytes())
+        np.testing.assert_array_equal(np.stack(got), every.astype(np.float32))
+
+
 # bytes
 
 
