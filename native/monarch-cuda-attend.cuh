@@ -283,6 +283,7 @@ struct monarch_tile {
     int32_t * page;   // [MONARCH_TILE/8] physical pages of a tile, -1: none
     int32_t * valid;  // [MONARCH_TILE/8] their valid tokens
     int32_t * frame;  // [MONARCH_TILE/8] where copies of them are, -1: none
+    int32_t * n_rows; // [MONARCH_TILE] of this block, that see a slot
     int32_t * seen;   // [MONARCH_TILE] whether the group's first token sees a slot
 };
 
@@ -299,15 +300,16 @@ MONARCH_DEVICE monarch_tile monarch_tile_get(float * shared, int32_t head_dim) {
     res.acc    = res.sum    + ROWS;
     res.point  = res.acc    + 2*ROWS*MONARCH_THREADS;
     res.page   = (int32_t *) (res.point + 4*256);
-    res.valid  = res.page  + MONARCH_TILE/8;
-    res.frame  = res.valid + MONARCH_TILE/8;
-    res.seen   = res.frame + MONARCH_TILE/8;
+    res.valid  = res.page   + MONARCH_TILE/8;
+    res.frame  = res.valid  + MONARCH_TILE/8;
+    res.n_rows = res.frame  + MONARCH_TILE/8;
+    res.seen   = res.n_rows + MONARCH_TILE;
 
     return res;
 }
 
 static size_t monarch_tile_size(int32_t n_rows, int32_t head_dim) {
-    const size_t n = n_rows*head_dim + (MONARCH_SLICES + 1)*n_rows*MONARCH_TILE + 3*n_rows + 2*n_rows*MONARCH_THREADS + 4*256 + 3*MONARCH_TILE/8 + MONARCH_TILE;
+    const size_t n = n_rows*head_dim + (MONARCH_SLICES + 1)*n_rows*MONARCH_TILE + 3*n_rows + 2*n_rows*MONARCH_THREADS + 4*256 + 3*MONARCH_TILE/8 + 2*MONARCH_TILE;
     return n*sizeof(float);
 }
 
@@ -518,11 +520,17 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
         for (int32_t r = 0; r < ROWS; ++r) {
             tile.logits[(warp*ROWS + r)*MONARCH_TILE + lane] = dot[r];
         }
+        if (warp == 0) {
+            tile.n_rows[lane] = 0;
+        }
         __syncthreads();
 
         for (int32_t r = warp; r < n_rows; r += MONARCH_SLICES) {
             const float mask = i0 + lane < a.n_kv ? monarch_mask_get(a, i0 + lane, monarch_row_token(a, group, row0 + r)) : -INFINITY;
 
+            if (mask > -INFINITY) {
+                atomicAdd(&tile.n_rows[lane], 1);
+            }
             monarch_tile_add(tile, r, mask == -INFINITY ? mask : a.op.kq_scale*monarch_tile_logit<ROWS>(tile, r) + mask, 1.0f);
         }
         if (warp == 0) {
@@ -537,6 +545,10 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
                 acc_y[r] *= tile.factor[r];
             }
             for (int32_t t = team; t < MONARCH_TILE && i0 + t < a.n_kv; t += n_teams) {
+                if (tile.n_rows[t] == 0) {
+                    continue; // what no row sees may be no number
+                }
+
                 const char * v = a.v.data + group.head_kv*a.v.nb1 + (i0 + t)*a.v.nb2;
 
                 const float x = monarch_ring_get(a.v.type, v, p);

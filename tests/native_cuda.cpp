@@ -318,6 +318,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
         for (int64_t i = 0; i < (int64_t) c.n_tokens*cc.n_masked; ++i) {
             mask.set(i/cc.n_masked*c.n_kv + i%cc.n_masked, -INFINITY);
         }
+        hidden_fill(c, mask, &k, &v);
 
         // two pages of three that there is room for: a fresh one and one that was used before, from slots in any order
         const uint32_t all = c.page_size == 32 ? 0xffffffff : (1u << c.page_size) - 1;
