@@ -258,6 +258,9 @@ void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place
     for (auto & cold : cold_bufs) {
         alloc_cold_buf(cold);
     }
+
+    page_block.resize(cold_layers[0].pool   ->nb[1]);
+    page_group.resize(cold_layers[0].summary->nb[1]);
 }
 
 // not cleared: in host memory that is not pinned the operating system commits it page by page, as it fills
@@ -630,7 +633,23 @@ void monarch_kv_cache::clear(bool data) {
     }
     pending.clear();
 
-    apply_logs();
+    forget_logs();
+}
+
+// what the last step promoted counts, but its pages are gone; copies are small: nothing fails
+void monarch_kv_cache::forget_logs() {
+    synchronize();
+
+    for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            const size_t offset = sizeof(monarch_layer_state) + h*monarch_head_state_size(n_pages_max);
+
+            monarch_head_state head;
+            ggml_backend_tensor_get(cold_layers[i].state, &head, offset, sizeof(head));
+            monarch_policy_end_log(&head, committed);
+            ggml_backend_tensor_set(cold_layers[i].state, &head, offset, sizeof(head));
+        }
+    }
 }
 
 // what the last step promoted counts now, before its pages change
@@ -716,16 +735,21 @@ void monarch_kv_cache::update_pages(const monarch_page_pool & before) {
     }
 }
 
-// summaries of a page that lost tokens
+// summaries of a page that lost tokens; the copies have their place already: nothing fails
 void monarch_kv_cache::update_page(int32_t phys) {
-    const monarch_op_params op = get_op_params(0, 0.0f);
+    const monarch_op_params op = monarch_op_params_init(knobs, head_dim);
 
     for (const auto & cold : cold_layers) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            auto block = monarch_bytes::read  (cold.pool,    monarch_pool_offset(&op.codec, n_pages_max, h, phys), monarch_codec_block_size(&op.codec));
-            auto group = monarch_bytes::change(cold.summary, monarch_summary_offset(head_dim, n_pages_max, h, phys), cold.summary->nb[1]);
+            const size_t block_offset = monarch_pool_offset(&op.codec, n_pages_max, h, phys);
+            const size_t group_offset = monarch_summary_offset(head_dim, n_pages_max, h, phys);
 
-            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), block.data(), group.data(), phys%MONARCH_SUMMARY_GROUP);
+            ggml_backend_tensor_get(cold.pool,    page_block.data(), block_offset, page_block.size());
+            ggml_backend_tensor_get(cold.summary, page_group.data(), group_offset, page_group.size());
+
+            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), page_block.data(), page_group.data(), phys%MONARCH_SUMMARY_GROUP);
+
+            ggml_backend_tensor_set(cold.summary, page_group.data(), group_offset, page_group.size());
         }
     }
 }

@@ -163,6 +163,7 @@ private:
     void     update_page (int32_t phys);
     void     update_pages(const monarch_page_pool & before);
     void     apply_logs();
+    void     forget_logs();
 
     // what the present step asked devices to do is done
     void     synchronize() const;
@@ -239,6 +240,10 @@ private:
     std::vector<cold_layer> cold_layers;
 
     std::vector<cold_buf> cold_bufs; // one for each kind of memory
+
+    // update_page()'s copies of a page's block and of its group of summaries
+    std::vector<uint8_t> page_block;
+    std::vector<uint8_t> page_group;
 
     llama_context * lctx = nullptr; // whose cache this is, known from its first step on
 };

@@ -19,7 +19,13 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
 
             monarch_policy_apply_entry(policy, &log[i], &count[page], &importance[page]);
         }
+    }
 
+    monarch_policy_end_log(head, committed);
+}
+
+void monarch_policy_end_log(monarch_head_state * head, int32_t committed) {
+    if (head->step == committed) {
         head->n_promotions += head->log_promoted;
         head->n_scored     += head->log_scored;
     }

@@ -74,6 +74,9 @@ MONARCH_HD static inline bool monarch_policy_get_rank(
 // sticky state moves on by one step, if the log in `head` is that of the last step that succeeded
 void monarch_policy_apply_log(const struct monarch_policy * policy, struct monarch_head_state * head, int64_t n_pages_max, int32_t committed);
 
+// the same of the counters alone: the pages are gone
+void monarch_policy_end_log(struct monarch_head_state * head, int32_t committed);
+
 // probability: [n_pages], estimated, indexed like the table; rank: [n_pages] scratch
 // chosen: [n_pages] indices into the table, ascending; returns how many, at most n_budget
 // sticky: [n_pages] the same of the pages that are sticky, chosen or not

@@ -24,7 +24,7 @@ STEPS = [200, 1, 1, 33, 150, 1, 16, 1]  # 200 and 150 take several ubatches; pag
 
 
 def new_context(model: str, n_seq_max: int = 1) -> child_logits.Context:
-    case = {"model": model, "n_ctx": N_CTX, "n_ubatch": N_UBATCH, "env": dict(os.environ)}
+    case = {"model": model, "n_ctx": N_CTX, "n_ubatch": N_UBATCH, "n_gpu_layers": 99, "env": dict(os.environ)}
     return child_logits.Context(case | {"n_seq_max": n_seq_max, "kv_unified": True})
 
 
@@ -214,6 +214,7 @@ def shared_context(model: str) -> child_logits.Context:
     llama_cpp.llama_memory_seq_cp(ctx.memory, 0, 1, 5, 150)
     llama_cpp.llama_memory_seq_cp(ctx.memory, 0, 2, -1, -1)
     llama_cpp.llama_memory_seq_rm(ctx.memory, 2, 27, 99)
+    llama_cpp.llama_memory_seq_rm(ctx.memory, 2, 155, 177)
     return ctx
 
 
@@ -240,11 +241,15 @@ def fail_change(model: str, change: Callable[[child_logits.Context], object]) ->
     return n
 
 
-def fail_remove(model: str) -> dict:
-    ranges = {"middle": (0, 40, 123), "tail": (0, 66, -1), "middle of all": (-1, 50, 127), "tail of all": (-1, 66, -1)}
+def fail_remove(model: str, *names: str) -> dict:
+    ranges = {
+        "middle": (0, 40, 123), "own": (0, 158, 190), "tail": (0, 66, -1),
+        "middle of all": (-1, 50, 127), "tail of all": (-1, 66, -1),
+    }  # fmt: skip
     return {
         name: fail_change(model, lambda ctx, where=where: llama_cpp.llama_memory_seq_rm(ctx.memory, *where))
         for name, where in ranges.items()
+        if not names or name in names
     }
 
 
@@ -252,11 +257,15 @@ def fail_copy(model: str) -> dict:
     return {"all": fail_change(model, lambda ctx: llama_cpp.llama_memory_seq_cp(ctx.memory, 2, 1, -1, -1))}
 
 
+def fail_clear(model: str) -> dict:
+    return {"all": fail_change(model, lambda ctx: llama_cpp.llama_memory_clear(ctx.memory, False))}
+
+
 def main() -> None:
     what, *args = sys.argv[1:]
     actions = {
         "create": fail_create, "decode": fail_decode, "save": fail_save, "restore": fail_restore, "remove": fail_remove,
-        "copy": fail_copy, "free": free_in_any_order,
+        "copy": fail_copy, "clear": fail_clear, "free": free_in_any_order,
     }  # fmt: skip
     print(json.dumps(actions[what](*args)))
 

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from arms import python_path
 from child import TESTS, run_child_json
+from emulated_device import build_emulated_device
 from logits import random_tokens, run_cases
 
 from models import write_random_model
@@ -32,7 +34,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model") / "model.gguf", head_dim=64, n_head=4, n_head_kv=2)
 
 
-def run_faults(lib_dir: Path, preload: Path, what: str, *args: Path, env: dict[str, str] = PAGED) -> dict:
+@pytest.fixture(scope="module")
+def device_env(patched_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of a device: the host has only copies of pages."""
+    library = build_emulated_device(patched_bin, tmp_path_factory.mktemp("emulated"))
+    return SUMMED | dict([python_path("emulated"), ("EMULATED_DEVICE", str(library))])
+
+
+def run_faults(lib_dir: Path, preload: Path, what: str, *args: Path | str, env: dict[str, str] = PAGED) -> dict:
     return run_child_json(lib_dir, "child_faults.py", [what, *args], env=env | {"LD_PRELOAD": str(preload)})
 
 
@@ -71,12 +80,20 @@ def test_restore_without_memory_changes_nothing(
     assert got["n"] >= got["refused"] > 10
 
 
-def test_remove_without_memory_changes_nothing(patched_bin: Path, preload: Path, model: Path) -> None:
-    assert all(n > 0 for n in run_faults(patched_bin, preload, "remove", model, env=SUMMED).values())
+@pytest.mark.parametrize("what", ["remove", "copy"])
+def test_change_without_memory_changes_nothing(patched_bin: Path, preload: Path, model: Path, what: str) -> None:
+    assert all(n > 0 for n in run_faults(patched_bin, preload, what, model, env=SUMMED).values())
 
 
-def test_copy_without_memory_changes_nothing(patched_bin: Path, preload: Path, model: Path) -> None:
-    assert all(n > 0 for n in run_faults(patched_bin, preload, "copy", model, env=SUMMED).values())
+def test_change_on_a_device_without_memory_changes_nothing(
+    patched_bin: Path, preload: Path, model: Path, device_env: dict[str, str]
+) -> None:
+    assert run_faults(patched_bin, preload, "remove", model, "own", env=device_env)["own"] > 0
+
+
+def test_clear_needs_no_memory(patched_bin: Path, preload: Path, model: Path, device_env: dict[str, str]) -> None:
+    assert run_faults(patched_bin, preload, "clear", model, env=SUMMED) == {"all": 0}
+    assert run_faults(patched_bin, preload, "clear", model, env=device_env) == {"all": 0}
 
 
 #
