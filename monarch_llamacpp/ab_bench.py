@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 from collections import Counter
@@ -10,12 +11,15 @@ from collections.abc import Sequence
 
 from . import builder_recipe, pin
 from .ab_arms import Arm
+from .ab_child import Report, check_activity
 from .ab_lab import Lab
 from .ab_rows import Row
 from .ab_settings import Settings
 from .errors import MonarchError
 
 TOOL = "llama-bench"
+
+_STATS = re.compile(r"^log_stats: statistics: (\{.*\})$", re.MULTILINE)
 
 Job = tuple[Arm, int]  # with a setting of flash attention
 Key = tuple[str, int, int, int, int]
@@ -64,6 +68,7 @@ def _n_done(job: Job, settings: Settings, rows: dict[Key, Row]) -> int:
 
 def _run_once(arm: Arm, flash_attn: int, settings: Settings) -> list[Row]:
     command = [str(arm.bin_dir / TOOL), "--output", "json", "--repetitions", "2", "--model", str(settings.model)]
+    command += ["--verbose"] * arm.pages  # the library logs what it counted
     command += ["--n-depth", ",".join(map(str, settings.depths)), "--flash-attn", str(flash_attn)]
     command += ["--n-prompt", str(settings.n_prompt), "--n-gen", str(settings.n_gen)]
     command += ["--cache-type-k", arm.type_kv, "--cache-type-v", arm.type_kv]
@@ -75,15 +80,27 @@ def _run_once(arm: Arm, flash_attn: int, settings: Settings) -> list[Row]:
         raise MonarchError(f"{TOOL} is not built: run python -m monarch_llamacpp build --tools") from None
     if result.returncode != 0:
         raise MonarchError(f"{TOOL} of {arm.name} ended with status {result.returncode}: {_last_line(result.stderr)}")
-    return [_label_row(row, arm) for row in json.loads(result.stdout)]
+    rows = json.loads(result.stdout)
+    stats = _read_stats(result.stderr, arm, len(rows))
+    return [_label_row(row, arm, each) for row, each in zip(rows, stats, strict=True)]
 
 
-def _label_row(row: Row, arm: Arm) -> Row:
+def _read_stats(log: str, arm: Arm, n_tests: int) -> list[Report | None]:
+    """Of each test's context: a paged cache logs its statistics when it goes."""
+    found = [json.loads(text) for text in _STATS.findall(log)] if arm.pages else [None] * n_tests
+    if len(found) != n_tests:
+        raise MonarchError(f"{TOOL} of {arm.name} logged the statistics of {len(found)} contexts in {n_tests} tests")
+    return found
+
+
+def _label_row(row: Row, arm: Arm, stats: Report | None) -> Row:
     """Refuses a row of another build: the comparison would be of one thing with itself."""
     expected = builder_recipe.cmake_options(arm.build, pin.read_pin())["LLAMA_BUILD_COMMIT"]
     if row["build_commit"] != expected:
         raise MonarchError(f"arm {arm.name} ran llama.cpp {row['build_commit']}, not {expected}: build again")
-    return {"row": "speed", "arm": arm.name, **_drop_first(row), "knobs": dict(arm.knobs) if arm.knobs else None}
+    check_activity(arm, stats, min(row["n_prompt"], row["n_ubatch"]) or 1)
+    held = {"knobs": dict(arm.knobs) if arm.knobs else None, "stats": stats}
+    return {"row": "speed", "arm": arm.name, **_drop_first(row), **held}
 
 
 def _drop_first(row: Row) -> Row:

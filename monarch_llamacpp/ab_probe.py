@@ -1,6 +1,5 @@
 """One arm in a process of its own: what its cache holds, whether it pages, and how long a user waits.
 
-llama-bench cannot print the counters of the paged cache, so this run stands for it: the same library, knobs and depth.
 Prints one line of JSON.
 """
 

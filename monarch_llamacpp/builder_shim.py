@@ -19,10 +19,10 @@ MODULE = "_monarch_shim"
 # what monarch.h takes from llama.h
 _LLAMA_TYPES = "typedef int32_t llama_seq_id;\nstruct llama_context;\n"
 
-_MACRO = re.compile(r"#define (MONARCH_KNOB_\w+)\(name, \.\.\.\) +(.*)")
+_MACRO = re.compile(r"#define (MONARCH_(?:KNOB|STAT)_\w+)\(name, \.\.\.\) +(.*)")
 _INCLUDE = re.compile(r'#include "(monarch[\w.-]*)"')
 _CONSTANT = re.compile(r"#define (MONARCH_\w+) +\S+")
-_KNOB = re.compile(r"^(MONARCH_KNOB_\w+) *\((\w+),", re.MULTILINE)
+_FIELD = re.compile(r"^(MONARCH_(?:KNOB|STAT)_\w+) *\((\w+),", re.MULTILINE)
 _HOOK = re.compile(r"^ *monarch_hook +(\w+);", re.MULTILINE)
 _C_PLUS_PLUS = re.compile(r"^#ifdef __cplusplus\n.*?^#endif\n", re.MULTILINE | re.DOTALL)
 
@@ -51,12 +51,12 @@ def _declaration(line: str, macros: dict[str, str], native: Path) -> str:
 
 def _include(name: str, macros: dict[str, str], native: Path) -> str:
     if name.endswith(".def"):
-        return _expand_knobs((native / name).read_text(), macros)
+        return _expand_fields((native / name).read_text(), macros)
     return _preprocess(name, native)
 
 
-def _expand_knobs(text: str, macros: dict[str, str]) -> str:
-    return "\n".join(re.sub(r"\bname\b", name, macros[macro]) for macro, name in _KNOB.findall(text))
+def _expand_fields(text: str, macros: dict[str, str]) -> str:
+    return "\n".join(re.sub(r"\bname\b", name, macros[macro]) for macro, name in _FIELD.findall(text))
 
 
 def shim_file(bin_dir: Path) -> Path:

@@ -197,6 +197,15 @@ std::string monarch_knobs_check_live(const monarch_knobs & old, const monarch_kn
     return monarch_knobs_check(knobs);
 }
 
+std::string monarch_knobs_get_mode_name(int32_t mode) {
+    for (const auto & knob : monarch_knob_list()) {
+        if (knob.offset == offsetof(monarch_knobs, mode)) {
+            return knob.choices.at(mode);
+        }
+    }
+    return "";
+}
+
 static std::string monarch_knob_env(const monarch_knob & knob) {
     std::string res = std::string("MONARCH_") + knob.name;
     for (auto & c : res) {

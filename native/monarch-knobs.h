@@ -14,6 +14,9 @@ std::string monarch_knobs_check(const monarch_knobs & knobs);
 // empty, or why knobs cannot replace old in a live context
 std::string monarch_knobs_check_live(const monarch_knobs & old, const monarch_knobs & knobs);
 
+// what the knob calls it; mode: enum monarch_mode
+std::string monarch_knobs_get_mode_name(int32_t mode);
+
 // the pending knobs of this thread, which are consumed, or those of the environment; throws std::runtime_error
 monarch_knobs monarch_knobs_take();
 

@@ -6,6 +6,7 @@
 #include "monarch-knobs.h"
 #include "monarch-page.h"
 #include "monarch-policy.h"
+#include "monarch-stats.h"
 #include "monarch-summary.h"
 
 #include "llama-batch.h"
@@ -222,6 +223,21 @@ ggml_context * monarch_kv_cache::get_cold_ctx(ggml_backend_buffer_type_t buft) {
     cold_bufs.push_back({ buft, std::move(ctx), nullptr });
 
     return cold_bufs.back().ctx.get();
+}
+
+monarch_kv_cache::~monarch_kv_cache() {
+    if (!hparams.no_alloc) {
+        log_stats();
+    }
+}
+
+// the last chance to know: upstream's tools do not ask for statistics
+void monarch_kv_cache::log_stats() const {
+    try {
+        LLAMA_LOG_INFO("%s: statistics: %s\n", __func__, monarch_stats_to_json(get_stats()).c_str());
+    } catch (const std::exception & err) {
+        LLAMA_LOG_WARN("%s: no statistics: %s\n", __func__, err.what());
+    }
 }
 
 void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place) {

@@ -30,7 +30,7 @@ public:
     // null: paging is off; throws std::runtime_error if it is on and this model or context cannot be paged
     static monarch_kv_cache * create(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
-    ~monarch_kv_cache() = default;
+    ~monarch_kv_cache();
 
     //
     // llama_memory_i
@@ -164,6 +164,7 @@ private:
     void     update_pages(const monarch_page_pool & before);
     void     apply_logs();
     void     forget_logs();
+    void     log_stats() const;
 
     // what the present step asked devices to do is done
     void     synchronize() const;

@@ -66,7 +66,8 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
         ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp
-        ${MONARCH_DIR}/monarch-place.cpp)
+        ${MONARCH_DIR}/monarch-place.cpp
+        ${MONARCH_DIR}/monarch-stats.cpp)
     target_include_directories(${target} PRIVATE ${MONARCH_DIR})
     set_source_files_properties(
         ${MONARCH_DIR}/monarch-api.cpp
@@ -77,5 +78,6 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp
         ${MONARCH_DIR}/monarch-place.cpp
+        ${MONARCH_DIR}/monarch-stats.cpp
         PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()

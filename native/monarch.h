@@ -31,31 +31,18 @@ struct monarch_knobs {
 #undef MONARCH_KNOB_FLOAT
 };
 
+// fields: monarch-stats.def
 struct monarch_stats {
     uint32_t struct_size;
-    uint32_t n_layer;              // layers and KV heads that page
-    uint32_t n_head_kv;
-    int32_t  mode;                 // the mode of the last step: auto is resolved here
-    uint64_t n_tokens;             // tokens held: n_hot + n_cold
-    uint64_t n_hot;                // sink tokens included
-    uint64_t n_cold;
-    uint64_t n_pages;              // cold pages
-    uint64_t n_page_outs;          // pages, since creation
-    uint64_t n_page_ins;           // (page, layer, KV head) copies to a faster tier, since creation
-    uint64_t n_promotions;         // (page, layer, KV head) events, since creation; of a prompt batch, its last block of queries
-    uint64_t n_promoted;           // (page, layer, KV head) taking part in the last step
-    uint64_t n_sticky;             // (page, layer, KV head), now
-    uint64_t n_scored;             // (page, layer, KV head) summaries scored, since creation
-    uint64_t hot_bytes;            // ring buffers, allocated
-    uint64_t cold_bytes;           // records of the cold pages, used
-    uint64_t summary_bytes;        // their summaries, used
-    uint64_t frame_bytes;          // allocated
-    uint64_t table_bytes;          // page table and sticky state
-    double   cold_bytes_per_token; // K + V records over all layers
-    uint64_t score_us;             // wall time of the first worker thread
-    uint64_t attend_us;
-    uint64_t encode_us;
-    uint64_t n_frame_hits;         // (page, layer, KV head) promotions that found the page in a frame, since creation
+#define MONARCH_STAT_U32(name, ...)  uint32_t name;
+#define MONARCH_STAT_MODE(name, ...) int32_t  name;
+#define MONARCH_STAT_U64(name, ...)  uint64_t name;
+#define MONARCH_STAT_F64(name, ...)  double   name;
+#include "monarch-stats.def"
+#undef MONARCH_STAT_U32
+#undef MONARCH_STAT_MODE
+#undef MONARCH_STAT_U64
+#undef MONARCH_STAT_F64
 };
 
 // one cold page

@@ -139,7 +139,17 @@ def test_an_arm_that_contradicts_its_name_is_no_measurement(name, mode, stats, p
 
 def test_a_row_of_another_build_is_refused():
     with pytest.raises(MonarchError, match="arm paged ran llama.cpp 0c1e57098, not 0c1e57098-monarch"):
-        ab_bench._label_row({"build_commit": "0c1e57098"}, make_arm("paged", mode="paged"))
+        ab_bench._label_row({"build_commit": "0c1e57098"}, make_arm("paged", mode="paged"), STATS)
+
+
+def test_a_speed_that_the_counters_contradict_is_no_measurement():
+    row = {"build_commit": "0c1e57098-monarch", "n_prompt": 64, "n_ubatch": 512, "samples_ns": [1], "samples_ts": [1]}
+    arm = make_arm("paged", mode="paged")
+    assert ab_bench._label_row(row, arm, STATS)["stats"] == STATS
+    with pytest.raises(MonarchError, match="does not do what its name says: no page of 160"):
+        ab_bench._label_row(row, arm, STATS | {"n_promotions": 0})
+    with pytest.raises(MonarchError, match="statistics of 1 contexts in 2 tests"):
+        ab_bench._read_stats(f"load: ...\nlog_stats: statistics: {json.dumps(STATS)}\n", arm, 2)
 
 
 def test_report_fits_a_terminal(capsys):
@@ -379,6 +389,11 @@ def check_speed(rows: list[dict]) -> None:
     assert {row["arm"]: row["knobs"]["mode"] for row in rows if row["knobs"]} == {
         "patched-off": "off", "window": "window", "paged": "paged", "exact": "exact", "narrow": "paged",
     }  # fmt: skip
+
+
+    assert all((row["stats"] is None) == (row["arm"] not in PAGED) for row in rows)
+    deep = [(row["arm"], row["stats"]) for row in rows if row["n_depth"] and row["stats"]]
+    assert all(stats["n_cold"] > 900 and (stats["n_promotions"] > 0) != (arm == "window") for arm, stats in deep)
 
 
 def check_memory(rows: dict[str, dict]) -> None:
