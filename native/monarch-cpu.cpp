@@ -80,6 +80,10 @@ static int32_t monarch_attend_n_runs(const ggml_tensor * dst) {
     return ((const int32_t *) dst->src[7]->data)[MONARCH_TABLE_N_RUNS];
 }
 
+static bool monarch_attend_has_one_block(const monarch_attend & attend, const ggml_tensor * dst) {
+    return monarch_attend_n_runs(dst) == 1 && monarch_attend_get_run(attend, dst, 0).n_tokens <= attend.n_block;
+}
+
 // scratch of one block or of one part
 static size_t monarch_attend_scratch_size(const ggml_tensor * dst) {
     const int64_t n_gqa = dst->src[0]->ne[1]/dst->src[1]->ne[1];
@@ -122,22 +126,34 @@ static int64_t monarch_attend_fit_parts(const ggml_compute_params * params, cons
     return std::max<int64_t>(1, std::min(monarch_attend_n_parts(dst, params->nth), n_fit));
 }
 
-// one block after the other, each by one thread; returns the time spent on choosing pages
+// Every head's only block, by the thread that the head belongs to from its log to its counters: nobody waits. Returns the time
+// spent on choosing pages.
+static uint64_t monarch_attend_heads(const ggml_compute_params * params, const monarch_attend & run, char * scratch, monarch_attend_count * count) {
+    uint64_t score_us = 0;
+
+    for (int64_t h = params->ith; h < run.n_head_kv; h += params->nth) {
+        monarch_attend_block(&run, h, 0, scratch, &count[h], &score_us);
+    }
+    return score_us;
+}
+
+// many blocks: a thread takes the next when it is done with one, for not all cores are as fast
 static uint64_t monarch_attend_blocks(const ggml_compute_params * params, const monarch_attend & attend, const ggml_tensor * dst, char * scratch, monarch_attend_count * count) {
     uint64_t score_us = 0;
-    int64_t  i        = 0; // of all heads and blocks before this run
+    int64_t  next     = params->ith;
+    int64_t  first    = 0; // of this run
 
     for (int32_t i_run = 0; i_run < monarch_attend_n_runs(dst); ++i_run) {
         const monarch_attend run = monarch_attend_get_run(attend, dst, i_run);
 
         const int64_t n_blocks = (run.n_tokens + run.n_block - 1)/run.n_block;
 
-        for (int64_t j = (params->ith + params->nth - i%params->nth)%params->nth; j < run.n_head_kv*n_blocks; j += params->nth) {
-            const int64_t h = j/n_blocks;
+        for (; next < first + run.n_head_kv*n_blocks; next = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+            const int64_t h = (next - first)/n_blocks;
 
-            monarch_attend_block(&run, h, j%n_blocks, scratch + params->ith*monarch_attend_scratch_size(dst), &count[h], &score_us);
+            monarch_attend_block(&run, h, (next - first)%n_blocks, scratch, &count[h], &score_us);
         }
-        i += run.n_head_kv*n_blocks;
+        first += run.n_head_kv*n_blocks;
     }
     return score_us;
 }
@@ -179,29 +195,8 @@ static uint64_t monarch_attend_parts(const ggml_compute_params * params, const m
     return score_us;
 }
 
-static void monarch_attend_forward(const ggml_compute_params * params, ggml_tensor * dst) {
-    monarch_attend attend = monarch_attend_init(dst);
-
-    const int32_t * table   = (const int32_t *) dst->src[7]->data;
-    const int64_t   n_parts = monarch_attend_fit_parts(params, dst);
-    const int64_t   t_start = ggml_time_us();
-
-    char * work = monarch_work_align(params->wdata);
-
-    monarch_attend_count * counts = (monarch_attend_count *) work;
-    monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
-
-    attend.use_ref = params->use_ref;
-    attend.locks   = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
-
-    char * scratch = work + monarch_attend_counts_size(dst, params->nth);
-
-    if (params->ith == 0) {
-        monarch_attend_say_kernels(&attend);
-    }
-
-    std::fill(count, count + attend.n_head_kv, monarch_attend_count{});
-
+// the heads that belong to a thread
+static void monarch_attend_apply_logs(const ggml_compute_params * params, const monarch_attend & attend, const int32_t * table) {
     for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {
         monarch_head_state * head = monarch_state_head(attend.state, attend.n_pages_max, h);
 
@@ -211,22 +206,64 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
 
         attend.locks[h].clear();
     }
+}
 
-    ggml_barrier(params->threadpool);
-
-    const uint64_t score_us = n_parts == 1 ?
-        monarch_attend_blocks(params, attend, dst, scratch, count) :
-        monarch_attend_parts (params, monarch_attend_get_run(attend, dst, 0), dst, n_parts, scratch, count);
-
-    ggml_barrier(params->threadpool);
-
+// of the same; counts: [n][n_head_kv]
+static void monarch_attend_add_counts(const ggml_compute_params * params, const monarch_attend & attend, const monarch_attend_count * counts, int n) {
     for (int64_t h = params->ith; h < attend.n_head_kv; h += params->nth) {
         monarch_head_state * head = monarch_state_head(attend.state, attend.n_pages_max, h);
 
-        for (int ith = 0; ith < params->nth; ++ith) {
-            head->log_promoted += counts[ith*attend.n_head_kv + h].n_promoted;
-            head->log_scored   += counts[ith*attend.n_head_kv + h].n_scored;
+        for (int i = 0; i < n; ++i) {
+            head->log_promoted += counts[i*attend.n_head_kv + h].n_promoted;
+            head->log_scored   += counts[i*attend.n_head_kv + h].n_scored;
         }
+    }
+}
+
+static void monarch_attend_forward(const ggml_compute_params * params, ggml_tensor * dst) {
+    monarch_attend attend = monarch_attend_init(dst);
+
+    const int64_t n_parts = monarch_attend_fit_parts(params, dst);
+    const int64_t t_start = ggml_time_us();
+
+    char * work = monarch_work_align(params->wdata);
+
+    monarch_attend_count * counts = (monarch_attend_count *) work;
+    monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
+
+    attend.use_ref = params->use_ref;
+    attend.locks   = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
+
+    char * scratches = work + monarch_attend_counts_size(dst, params->nth);
+    char * scratch   = scratches + params->ith*monarch_attend_scratch_size(dst);
+
+    if (params->ith == 0) {
+        monarch_attend_say_kernels(&attend);
+    }
+
+    std::fill(count, count + attend.n_head_kv, monarch_attend_count{});
+
+    monarch_attend_apply_logs(params, attend, (const int32_t *) dst->src[7]->data);
+
+    uint64_t score_us;
+
+    if (n_parts == 1 && monarch_attend_has_one_block(attend, dst)) {
+        score_us = monarch_attend_heads(params, monarch_attend_get_run(attend, dst, 0), scratch, count);
+
+        monarch_attend_add_counts(params, attend, count, 1);
+    } else {
+        if (params->ith == 0) {
+            ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        }
+        ggml_barrier(params->threadpool);
+
+        score_us = n_parts == 1 ?
+            monarch_attend_blocks(params, attend, dst, scratch, count) :
+            monarch_attend_parts (params, monarch_attend_get_run(attend, dst, 0), dst, n_parts, scratches, count);
+
+        ggml_barrier(params->threadpool);
+
+        monarch_attend_add_counts(params, attend, counts, params->nth);
     }
 
     if (params->ith == 0) {

@@ -11,6 +11,7 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -67,6 +68,17 @@ void ggml_log_internal(enum ggml_log_level, const char *, ...) {
 }
 
 void ggml_barrier(struct ggml_threadpool *) {
+}
+
+// one op at a time
+static std::atomic<int> chunk;
+
+void ggml_threadpool_chunk_set(struct ggml_threadpool *, int value) {
+    chunk = value;
+}
+
+int ggml_threadpool_chunk_add(struct ggml_threadpool *, int value) {
+    return chunk.fetch_add(value);
 }
 
 void ggml_abort(const char * file, int line, const char * fmt, ...) {
