@@ -52,12 +52,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
+    read = {file.resolve() for file in (args.model, args.text) if file}
     for flag, file in (("--json", args.json), ("--html", args.html)):
         try:
             if file:
                 check_output(file)
         except UsageError as error:
             raise UsageError(f"{flag} {file}: {error}") from None
+        if file and file.resolve() in read:
+            raise UsageError(f"{flag} {file}: the comparison reads it: give another file")
     if args.json and args.html and args.json.resolve() == args.html.resolve():
         raise UsageError(f"--json and --html both name {args.json}: give two files")
     if args.resume and not args.json:

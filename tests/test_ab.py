@@ -315,13 +315,19 @@ def test_a_file_that_cannot_be_resumed_says_so(tmp_path, content):
         (["{model}", "--decode-tokens", "4096"], 2, "--decode-tokens 4096: allowed is half"),
         (["{model}", "--text", "no.txt"], 1, "no text at no.txt"),
         (["{model}", "--resume"], 2, "--resume: name the file"),
+        (["{model}", "--json", "{model}"], 2, "the comparison reads it"),
+        (["{model}", "--html", "{model}"], 2, "the comparison reads it"),
+        (["{model}", "--text", "{text}", "--json", "{text}"], 2, "the comparison reads it"),
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path, capsys, monkeypatch, arguments, status, message):
     monkeypatch.setattr(ab, "_RUN", {})  # nothing may start
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
-    assert run_command("ab", [argument.format(model=model) for argument in arguments]) == status
+    text = tmp_path / "text.txt"
+    text.write_text("once")
+    assert run_command("ab", [argument.format(model=model, text=text) for argument in arguments]) == status
+    assert (model.read_bytes(), text.read_text()) == (b"GGUF", "once")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
 
