@@ -263,11 +263,14 @@ def run(args: argparse.Namespace) -> int:
     check_gguf_output(args.output)
     if args.text:
         check_output(args.text)
+        if args.text.resolve() == args.output.resolve():
+            raise UsageError(f"--output and --text both name {args.text}: give two files")
     haystack = make_haystack(args.text_tokens, args.needles, args.seed) if args.text else None
     write_recall_model(args.output, n_head=args.heads, n_head_kv=args.kv_heads, context_length=args.ctx_size)
     print(f"wrote {args.output}", file=sys.stderr)
     if haystack:
-        args.text.write_text(haystack.text, encoding="utf-8")
+        with replaced(args.text) as part:
+            part.write_text(haystack.text, encoding="utf-8")
         print(f"wrote {args.text}, {len(haystack.tokens)} tokens", file=sys.stderr)
         for needle in haystack.needles:
             print(f"{needle.question.strip()}?\t{needle.answer.strip()}")

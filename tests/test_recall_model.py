@@ -141,3 +141,12 @@ def test_command_writes_model_text_and_questions(tmp_path, capsys):
     assert text.read_text() == haystack.text
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert lines == [[needle.question.strip() + "?", needle.answer.strip()] for needle in haystack.needles]
+
+
+def test_model_and_text_are_two_files(tmp_path):
+    parser = argparse.ArgumentParser()
+    recall.add_arguments(parser)
+    file = str(tmp_path / "recall.gguf")
+    with pytest.raises(UsageError, match="give two files"):
+        recall.run(parser.parse_args(["-o", file, "--text", file]))
+    assert list(tmp_path.iterdir()) == []
