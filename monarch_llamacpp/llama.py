@@ -89,6 +89,7 @@ class Llama(llama_cpp.Llama):
 
     def get_sequence_state(self) -> bytes:
         """All that the cache holds of sequence 0, for set_sequence_state()."""
+        _last_errors.clear()
         size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
         data = (ctypes.c_uint8 * size)()
         if size == 0 or llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0) != size:
@@ -97,6 +98,8 @@ class Llama(llama_cpp.Llama):
 
     def set_sequence_state(self, state: bytes) -> None:
         """Replaces what the cache holds; a state that does not fit changes nothing and raises MonarchError."""
+        if not state:  # llama.cpp restores 0 bytes of it, which are all
+            raise MonarchError("the state cannot be restored: it is empty")
         _last_errors.clear()
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if llama_cpp.llama_state_seq_set_data(self.ctx, data, len(state), 0) != len(state):

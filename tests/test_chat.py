@@ -19,6 +19,7 @@ import models as random_models
 from monarch_llamacpp import paths
 from monarch_llamacpp.chat_commands import COMMANDS, read_text, run_command
 from monarch_llamacpp.chat_input import Entry, read_entry
+from monarch_llamacpp.chat_state import HEAD
 from monarch_llamacpp.chat_view import Utf8Stream, pages_picture, pages_summary
 from monarch_llamacpp.errors import MonarchError, UsageError
 from monarch_llamacpp.knobs import Knobs
@@ -390,10 +391,12 @@ def test_a_session_that_does_not_fit_is_refused_and_stays(real, haystack, tmp_pa
     file = tmp_path / "kept"
     assert real.run("recall.gguf", *PAGED, "--session", file, "-p", "hello").returncode == 0
     whole = file.read_bytes()
+    _, n_description, _ = HEAD.unpack_from(whole)
     damaged = {
         "is not a saved conversation": [b"", b"x" * 100, whole[:12]],
         "does not match its checksum": [whole[:40], whole[:20] + b"#" + whole[21:]],
         "the state cannot be restored": [whole[:-100], whole[:-50] + b"####" + whole[-46:]],
+        "the state cannot be restored: it is empty": [whole[: HEAD.size + n_description]],
     }
     for reason, contents in damaged.items():
         for content in contents:
