@@ -73,6 +73,13 @@ class Llama(llama_cpp.Llama):
         finally:
             SHIM.set_pending(None)
 
+    @property
+    def ctx(self) -> int:
+        """Of a closed model there is none, and llama.cpp would read through the null pointer."""
+        if not (ctx := self._ctx.ctx):
+            raise MonarchError("the model is closed: open it again")
+        return ctx
+
     def stats(self) -> Stats:
         """What the paged cache holds and did; refused when paging is off."""
         return SHIM.stats(self.ctx)

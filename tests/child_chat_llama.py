@@ -95,6 +95,17 @@ def check_environment() -> None:
     assert refused(MonarchError, off.stats)
 
 
+def check_closed() -> None:
+    llm = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
+    llm.eval([5] * 8)
+    state = llm.get_sequence_state()
+    llm.close()
+    uses = [llm.stats, llm.pages, llm.knobs, llm.set_hooks, llm.get_sequence_state]
+    for use in (*uses, lambda: llm.set_sequence_state(state), lambda: llm.set_knob("mode", "exact")):
+        assert "the model is closed" in refused(MonarchError, use)
+    llm.close()
+
+
 check_defaults()
 model = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
 check_paging(model)
@@ -102,4 +113,5 @@ check_state(model)
 check_hooks_end(model)
 check_knobs(model)
 check_environment()
+check_closed()
 assert monarch_llamacpp.Llama is Llama
