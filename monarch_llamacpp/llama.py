@@ -60,6 +60,7 @@ class Llama(llama_cpp.Llama):
         for name in ("n_threads", "n_threads_batch"):
             check_threads(name, kwargs.get(name))
         self._hooks: Any = None
+        self._paging = paging
         self._create(str(model_path), paging, kwargs | {"n_gpu_layers": n_gpu_layers})
 
     def _create(self, model_path: str, paging: Knobs | None, kwargs: dict[str, Any]) -> None:
@@ -93,6 +94,14 @@ class Llama(llama_cpp.Llama):
     def set_knob(self, name: str, value: Value) -> None:
         """Changes a live knob; text is parsed as on the command line."""
         SHIM.set_knob(self.ctx, name, find_spec(name).parse(value) if isinstance(value, str) else value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy, which open the model again: with these knobs."""
+        try:
+            paging: Knobs | None = self.knobs()
+        except MonarchError:  # off
+            paging = self._paging
+        return super().__getstate__() | {"paging": paging}
 
     def get_sequence_state(self) -> bytes:
         """All that the cache holds of sequence 0, for set_sequence_state()."""

@@ -1,6 +1,7 @@
 """monarch_llamacpp.Llama as a program uses it. Argument: the folder of recall.gguf and long.txt."""
 
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def check_environment() -> None:
     assert refused(MonarchError, off.stats)
 
 
+def check_copies() -> None:
+    llm = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
+    llm.set_knob("promote_tokens", 64)
+    assert pickle.loads(pickle.dumps(llm)).knobs() == KNOBS.replace(promote_tokens=64)
+    off = Llama(str(FOLDER / "recall.gguf"), paging=Knobs(mode="off"), **OPTIONS)
+    os.environ["MONARCH_MODE"] = "paged"
+    assert refused(MonarchError, pickle.loads(pickle.dumps(off)).stats)
+
+
 def check_closed() -> None:
     llm = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
     llm.eval([5] * 8)
@@ -113,5 +123,6 @@ check_state(model)
 check_hooks_end(model)
 check_knobs(model)
 check_environment()
+check_copies()
 check_closed()
 assert monarch_llamacpp.Llama is Llama
