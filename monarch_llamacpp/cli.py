@@ -1,6 +1,7 @@
 """The command line: `python -m monarch_llamacpp COMMAND ...`, exit statuses, and errors in one line."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
@@ -51,10 +52,12 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=COMMANDS[command])
         module.add_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return module.run(parser.parse_args(argv))
+        status = module.run(parser.parse_args(argv))
+        _flush_output()
+        return status
     except BrokenPipeError:
         # the reader of our output has gone, for example `| head`: nothing to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -63,7 +66,23 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {_explain(error, debug)}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            _flush_output()
         return error.exit_status if isinstance(error, MonarchError) else 1
+
+
+def _flush_output() -> None:
+    """What cannot be written is an error of ours; the interpreter would end with a status of its own."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        raise
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Exception, debug: bool) -> str:

@@ -155,3 +155,17 @@ def test_info_knows_which_tools_were_asked_for(cache: Path) -> None:
     write_stamp(Built(arm_dir, build_digest("stock", read_pin()), ["llama", "llama-bench"]))
     assert info.collect()["stock"] == {
         "lib_dir": str(arm_dir / "bin"), "bin_dir": str(arm_dir / "bin"), "tools": ["llama-bench"]}
+
+
+@pytest.mark.parametrize("command", [["info"], ["recall", "-o", "{folder}/a.gguf", "--text", "{folder}/a.txt"]])
+@pytest.mark.parametrize("full", [True, False])
+def test_output_that_nobody_takes_is_status_1(tmp_path: Path, command: list[str], full: bool) -> None:
+    """Into a pipe without a reader, or a full disk; held back until the end, as Python does where nobody watches."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open("/dev/full", "w") as disk:
+        argv = [sys.executable, "-m", "monarch_llamacpp", *(part.format(folder=tmp_path) for part in command)]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        result = subprocess.run(argv, stdout=disk if full else pipe, stderr=subprocess.PIPE, text=True, env=env)
+    assert (result.returncode, "Exception" in result.stderr) == (1, False), result.stderr
+    assert result.stderr.count("error: no space left on device") == full
