@@ -9,8 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
-from .errors import MonarchError
+from .errors import MonarchError, UsageError
 
 PROGRAM = "python -m monarch_llamacpp"
 
@@ -25,6 +26,12 @@ COMMANDS = {
 }
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In one line, as every failure; argparse writes all options before it."""
+        self.exit(UsageError.exit_status, f"error: {message}; {self.prog} --help tells more\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(argv[:1])
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<8}{what}" for name, what in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} COMMAND ...",
         description=f"A paged KV cache for llama.cpp.\n\ncommands:\n{listing}",
@@ -49,7 +56,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         module = importlib.import_module(f"{__package__}.{command}")
-        parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=COMMANDS[command])
+        parser = _ArgumentParser(prog=f"{PROGRAM} {command}", description=COMMANDS[command])
         module.add_arguments(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         status = module.run(parser.parse_args(argv))

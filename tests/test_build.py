@@ -651,6 +651,8 @@ def test_wrong_usage_is_status_2(capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.endswith("--help tells more\n") and err.count("\n") == 1
 
 
 def test_debug_adds_the_traceback(capsys) -> None:
