@@ -14,6 +14,7 @@ from . import __version__, builder_cmake, builder_recipe, builder_stamp, info, p
 from .ab_arms import Arm
 from .ab_rows import Row, make_receipt
 from .ab_settings import Settings
+from .errors import MonarchError
 
 
 def environment(arms: Sequence[Arm], settings: Settings) -> Row:
@@ -26,7 +27,7 @@ def environment(arms: Sequence[Arm], settings: Settings) -> Row:
         "machine": machine(),
         "pin": vars(pinned),
         "builds": {build.arm_dir.name: build.digest for build in built if build},
-        "compiler": builder_cmake.find_toolchain().identity,
+        "compiler": _compiler(),
         "versions": info.collect()["versions"],
         "model": {"file": str(settings.model), "sha256": sha256(settings.model)},
         "text": text,
@@ -60,6 +61,14 @@ def machine() -> Row:
         "n_cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def _compiler() -> str | None:
+    """Of this machine; a cache that was copied to it needs none."""
+    try:
+        return builder_cmake.find_toolchain().identity
+    except MonarchError:
+        return None
 
 
 def _cpu_name() -> str:

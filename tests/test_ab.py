@@ -23,8 +23,10 @@ from monarch_llamacpp.ab_arms import ARMS, Arm, make_arms
 from monarch_llamacpp.ab_bench import merge_rows
 from monarch_llamacpp.ab_child import check_activity
 from monarch_llamacpp.ab_quality_child import Comparison, log_softmax
+from monarch_llamacpp.ab_receipt import environment
 from monarch_llamacpp.ab_report import print_report
 from monarch_llamacpp.ab_rows import Rows, read_rows
+from monarch_llamacpp.ab_settings import Settings
 from monarch_llamacpp.ab_summary import Speeds, verdict
 from monarch_llamacpp.cli import run_command
 from monarch_llamacpp.errors import MonarchError
@@ -201,6 +203,15 @@ def test_knobs_given_for_one_arm(monkeypatch):
     assert (stock.type_kv, stock.bin_dir, stock.knobs, stock.flash_attn) == ("q4_0", Path("/stock"), None, (1,))
     assert wide.knobs == Knobs(mode="paged", hot_window=256, promote_tokens=2048, sink_tokens=4)
     assert (fine.knobs.mode, fine.bin_dir) == ("exact", Path("/patched"))
+
+
+def test_comparing_needs_no_compiler(tmp_path, monkeypatch):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    settings = Settings(model, depths=[0], n_prompt=0, n_gen=1, n_threads=1, reps=1)
+    assert environment([], settings)["compiler"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert environment([], settings)["compiler"] is None
 
 
 def test_divergence_of_a_known_pair(tmp_path):
