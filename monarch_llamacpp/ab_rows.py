@@ -18,9 +18,9 @@ _KEY = ("row", "arm", "control", "flash_attn", "n_depth", "n_prompt", "n_gen", "
 
 
 def write_file(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; what names of files hold that is no text becomes a question mark."""
     with replaced(file) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="replace")
 
 
 def make_receipt(facts: object) -> str:

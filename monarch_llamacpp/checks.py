@@ -25,8 +25,15 @@ def check_ctx_size(name: str, value: int) -> None:
 def check_model(file: Path) -> None:
     if not file.is_file():
         raise MonarchError(f"no model at {file}: give the path of a GGUF file")
+    if not _is_text(str(file)):
+        raise MonarchError(f"{file}: llama-cpp-python opens only names in UTF-8: rename the file or its folder")
     if not is_gguf(file):
         raise MonarchError(f"{file} is no GGUF: python -m monarch_llamacpp convert makes one of a checkpoint")
+
+
+def _is_text(name: str) -> bool:
+    """Python keeps bytes of a name that are no UTF-8 as lone surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def is_gguf(file: Path) -> bool:

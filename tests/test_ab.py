@@ -1,6 +1,7 @@
 """The A/B comparison: its parts without a build, then the whole of it on small models."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -25,7 +26,7 @@ from monarch_llamacpp.ab_child import check_activity
 from monarch_llamacpp.ab_quality_child import Comparison, log_softmax
 from monarch_llamacpp.ab_receipt import environment
 from monarch_llamacpp.ab_report import print_report
-from monarch_llamacpp.ab_rows import Rows, read_rows
+from monarch_llamacpp.ab_rows import Rows, read_rows, write_file
 from monarch_llamacpp.ab_settings import Settings
 from monarch_llamacpp.ab_summary import Speeds, verdict
 from monarch_llamacpp.cli import run_command
@@ -212,6 +213,11 @@ def test_comparing_needs_no_compiler(tmp_path, monkeypatch):
     assert environment([], settings)["compiler"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert environment([], settings)["compiler"] is None
+
+
+def test_a_name_that_is_no_text_does_not_cost_the_page(tmp_path):
+    write_file(tmp_path / "page.html", os.fsdecode(b"caf\xe9.txt"))
+    assert (tmp_path / "page.html").read_text() == "caf?.txt"
 
 
 def test_divergence_of_a_known_pair(tmp_path):

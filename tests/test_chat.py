@@ -320,6 +320,14 @@ def test_bad_models_are_one_line_and_status_1(fake, models):
         assert name in result.stderr and "no reason" not in result.stderr
 
 
+def test_a_model_s_name_is_text(fake, models):
+    name = os.fsdecode(b"caf\xe9.gguf")
+    (models / name).symlink_to("recall.gguf")
+    result = fake.run(name, "-p", "x")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert "only names in UTF-8" in result.stderr
+
+
 def test_closed_output_is_no_traceback(fake):
     process = subprocess.Popen(
         fake.argv("babble.gguf", "-p", "A"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=fake.env, text=True
