@@ -47,7 +47,8 @@ class Builder:
     def build(self, arm: str, targets: list[str]) -> Built:
         key = builder_recipe.tree_key(arm, self.pin, self.tools.identity, self.tools.cuda)
         built = read_stamp(self.cache / f"{arm}-{key}")
-        if built.digest == self._digest(arm) and set(targets) <= set(built.targets):
+        installed = builder_cmake.is_installed(built.arm_dir / "build" / "bin", built.bin_dir)
+        if installed and built.digest == self._digest(arm) and set(targets) <= set(built.targets):
             write_stamp(built)  # the newest stamp is the one that is used
             self.progress.step(f"{arm}: up to date in {built.bin_dir}")
         else:

@@ -113,6 +113,11 @@ def compile_targets(runner: Runner, tools: Toolchain, arm_dir: Path, targets: li
     runner.run(f"{arm_dir.name}: compiling", command, arm_dir)
 
 
+def is_installed(built: Path, bin_dir: Path) -> bool:
+    """Nothing is missing of what install() copied: caches are tidied by hand, or by age."""
+    return bin_dir.is_dir() and all((bin_dir / file.name).exists() for file in built.glob("*"))
+
+
 def install(built: Path, bin_dir: Path) -> None:
     """Copies libraries and tools. Each is replaced by a rename: a process that uses the old one keeps it."""
     bin_dir.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ import errno
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -380,6 +381,19 @@ def test_a_half_written_tree_is_completed(project: Project, compiler: FakeCompil
     [arm_dir] = project.cache.glob("stock-*")
     (arm_dir / "src/src/a.cpp").write_bytes(b"one\ntw")
     [built] = project.build("stock")
+    assert (built.bin_dir / "llama.so").read_bytes() == UPSTREAM["src/a.cpp"]
+
+
+def test_what_went_missing_is_built_again(project: Project, compiler: FakeCompiler) -> None:
+    [built] = project.build("stock")
+    (built.bin_dir / "llama.so").unlink()
+    project.build("stock")
+    assert (built.bin_dir / "llama.so").read_bytes() == UPSTREAM["src/a.cpp"]
+    shutil.rmtree(built.arm_dir / "build")
+    project.build("stock")
+    assert compiler.compiled == ["stock", "stock"], "what is installed needs no build tree"
+    shutil.rmtree(built.bin_dir)
+    project.build("stock")
     assert (built.bin_dir / "llama.so").read_bytes() == UPSTREAM["src/a.cpp"]
 
 
