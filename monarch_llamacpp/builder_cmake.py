@@ -105,7 +105,15 @@ def configure(runner: Runner, tools: Toolchain, arm_dir: Path, options: dict[str
     command = [tools.cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
     command += [f"-D{name}={value}" for name, value in options.items()]
     command += ["-S", str(arm_dir / "src"), "-B", str(arm_dir / "build")]
+    _forget_moved_tree(arm_dir / "build")
     runner.run(f"{arm_dir.name}: configuring", command, arm_dir)
+
+
+def _forget_moved_tree(build: Path) -> None:
+    """CMake refuses one that was made elsewhere, as when the cache was moved or copied."""
+    made = build / "CMakeCache.txt"
+    if made.is_file() and f"CMAKE_CACHEFILE_DIR:INTERNAL={build}" not in made.read_text(errors="replace").splitlines():
+        shutil.rmtree(build)
 
 
 def compile_targets(runner: Runner, tools: Toolchain, arm_dir: Path, targets: list[str], jobs: int) -> None:

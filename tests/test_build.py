@@ -465,6 +465,20 @@ def shell(script: str) -> list[str]:
     return ["sh", "-c", script]
 
 
+def test_a_tree_that_was_moved_is_configured_anew(runner, tmp_path: Path) -> None:
+    tools = builder_cmake.Toolchain(builder_cmake._find_tool("cmake"), builder_cmake._find_tool("ninja"), "cc")
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "src").mkdir(parents=True)
+    (here / "src" / "CMakeLists.txt").write_text("cmake_minimum_required(VERSION 3.18)\nproject(nothing NONE)\n")
+    builder_cmake.configure(runner, tools, here, {})
+    (here / "build" / "object").touch()
+    builder_cmake.configure(runner, tools, here, {})
+    assert (here / "build" / "object").exists()
+    here.rename(there)
+    builder_cmake.configure(runner, tools, there, {})
+    assert (there / "build" / "build.ninja").exists() and not (there / "build" / "object").exists()
+
+
 def test_a_failed_command_shows_its_last_lines_and_names_the_log(runner, capsys) -> None:
     with pytest.raises(MonarchError, match=f"compiling failed; the full log is {runner.log}"):
         runner.run("compiling", shell("seq 100; exit 1"), runner.log.parent)
