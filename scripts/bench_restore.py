@@ -26,6 +26,7 @@ def run(what: str, lib_dir: Path, file: Path, args: argparse.Namespace) -> dict:
     config = {
         "model": str(args.model), "depth": args.tokens, "n_gen": 0, "n_prompt": 0, "n_threads": args.threads,
         "type": "f16", "flash_attn": True, "v_trans": False, "fill": "state" if what == "size" else "prefill",
+        "n_gpu_layers": 0, "logits": None,
     }  # fmt: skip
     env = os.environ | {"LLAMA_CPP_LIB_PATH": str(lib_dir), "MONARCH_MODE": args.mode}
     command = [sys.executable, __file__, "--child", what, json.dumps(config), str(file)]
@@ -45,6 +46,8 @@ def child(what: str, config: dict, file: Path) -> dict[str, float]:
     if what == "restore":
         tokens, n_tokens = (ctypes.c_int32 * 1)(), ctypes.c_size_t()
         size = llama_cpp.llama_state_seq_load_file(ctx.ctx, str(file).encode(), 0, tokens, 1, ctypes.byref(n_tokens))
+        if not size:
+            raise SystemExit("the state was refused: see the messages above")
         return {"seconds": time.perf_counter() - start, "bytes": size}
     ctx.fill()
     filled = time.perf_counter()
