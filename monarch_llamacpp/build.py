@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from . import builder_cmake, builder_cuda, builder_recipe, builder_shim, builder_source, paths, pin
 from .builder_progress import Progress
@@ -22,10 +23,19 @@ SPACE_NEEDED = 300 << 20
 CUDA_SPACE_NEEDED = 2 << 30
 
 
+def open_lock(cache: Path) -> TextIO:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return (cache / "lock").open("w")
+    except OSError as error:
+        raise MonarchError(f"{error.filename}: {error.strerror}: "
+                           "point MONARCH_CACHE to a folder that can be written to") from error
+
+
 @contextlib.contextmanager
 def build_lock(cache: Path, progress: Progress) -> Iterator[int]:
     """One build at a time in one cache. The kernel lets go of it whatever way the holder ends."""
-    with (cache / "lock").open("w") as file:
+    with open_lock(cache) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -130,7 +140,6 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     pinned = pin.read_pin()
     cache = paths.cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
     if args.sdist:
         builder_source.verify_sdist(pinned, args.sdist)
     check_python_headers()

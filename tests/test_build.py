@@ -573,6 +573,13 @@ def test_a_full_disk_is_one_line(empty_cache: Path, capsys, monkeypatch) -> None
                                     "or point MONARCH_CACHE to another disk")
 
 
+def test_a_cache_that_cannot_be_is_one_line(empty_cache: Path, capsys) -> None:
+    empty_cache.write_text("a file")
+    status, err = command_line(capsys, "build")
+    assert status == 1
+    assert err == f"error: {empty_cache}: File exists: point MONARCH_CACHE to a folder that can be written to\n"
+
+
 def test_another_sdist_is_one_line(empty_cache: Path, capsys, tmp_path: Path) -> None:
     (tmp_path / "other.tar.gz").write_bytes(b"x")
     status, err = command_line(capsys, "build", "--sdist", str(tmp_path / "other.tar.gz"))
