@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checks import check_model, check_threads
+from .checks import MAX_CTX_SIZE, check_gpu_layers, check_model, check_threads
 from .errors import MonarchError, UsageError
 
 PARTS = ("memory", "quality", "speed")
@@ -108,6 +108,7 @@ def _check_least(args: argparse.Namespace, values: dict) -> None:
     if values["decode_tokens"] > values["text_tokens"] // 2:
         raise UsageError(f"--decode-tokens {values['decode_tokens']}: allowed is half of --text-tokens at most")
     check_threads("--threads", args.threads)
+    check_gpu_layers("--n-gpu-layers", args.n_gpu_layers)
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:
@@ -115,8 +116,8 @@ def _numbers(flag: str, text: str, least: int) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{flag} {text}: allowed is numbers of tokens with commas between") from None
-    if min(numbers) < least or len(set(numbers)) < len(numbers):
-        raise UsageError(f"{flag} {text}: allowed is {least} and more, each once")
+    if min(numbers) < least or max(numbers) > MAX_CTX_SIZE or len(set(numbers)) < len(numbers):
+        raise UsageError(f"{flag} {text}: allowed is {least} and more, to {MAX_CTX_SIZE}, each once")
     return numbers
 
 

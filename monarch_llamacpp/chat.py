@@ -16,7 +16,7 @@ from .chat_commands import COMMANDS, Leave, read_text, run_command
 from .chat_input import History, ReadLine, pipe_line, read_entry, terminal_line
 from .chat_state import load_session, save_session
 from .chat_view import ProgressLine, pages_summary, say, turn_line
-from .checks import check_ctx_size, check_threads
+from .checks import check_ctx_size, check_gpu_layers, check_threads
 from .errors import MonarchError, UsageError
 from .knobs import Knobs, add_knob_arguments, knobs_from_args, specs
 from .template import PlainText
@@ -213,6 +213,9 @@ class Chat:
 def _check(args: argparse.Namespace) -> None:
     check_ctx_size("--ctx-size", args.ctx_size)
     check_threads("--threads", args.threads)
+    check_gpu_layers("--n-gpu-layers", args.n_gpu_layers)
+    if args.n_predict < -1:
+        raise UsageError(f"-n {args.n_predict}: allowed is 0 and more, -1 until the model ends its answer")
     if not 0 <= args.temp < float("inf"):
         raise UsageError(f"--temp {args.temp}: allowed is 0 and more")
     if args.seed is not None and not 0 <= args.seed < 1 << 32:

@@ -10,6 +10,7 @@ GGUF_MAGIC = b"GGUF"
 
 MAX_CTX_SIZE = 2**31 - 1  # positions are 32 bits
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
+MAX_GPU_LAYERS = 2**31 - 1
 
 
 def check_threads(name: str, value: int | None) -> None:
@@ -20,6 +21,11 @@ def check_threads(name: str, value: int | None) -> None:
 def check_ctx_size(name: str, value: int) -> None:
     if not 0 <= value <= MAX_CTX_SIZE:
         raise UsageError(f"{name} {value}: allowed is 1 to {MAX_CTX_SIZE}, 0 for the trained context")
+
+
+def check_gpu_layers(name: str, value: int) -> None:
+    if not -1 <= value <= MAX_GPU_LAYERS:
+        raise UsageError(f"{name} {value}: allowed is 0 to {MAX_GPU_LAYERS}, -1 for all")
 
 
 def check_model(file: Path) -> None:

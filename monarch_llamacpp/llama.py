@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import library
-from .checks import check_ctx_size, check_model, check_threads
+from .checks import check_ctx_size, check_gpu_layers, check_model, check_threads
 from .errors import MonarchError
 from .knobs import Knobs, Value, find_spec
 from .shim import Hook, Page, Shim, Stats
@@ -57,6 +57,7 @@ class Llama(llama_cpp.Llama):
             SHIM.validate(paging)
         check_model(Path(model_path))
         check_ctx_size("n_ctx", kwargs.get("n_ctx", 0))
+        check_gpu_layers("n_gpu_layers", n_gpu_layers)
         for name in ("n_threads", "n_threads_batch"):
             check_threads(name, kwargs.get(name))
         self._hooks: Any = None

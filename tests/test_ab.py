@@ -330,6 +330,8 @@ def test_a_file_that_cannot_be_resumed_says_so(tmp_path, content):
         (["{model}", "--parts", "speed,luck"], 2, "--parts speed,luck: allowed is"),
         (["{model}", "--lengths", "10"], 2, "--lengths 10: allowed is 256 and more"),
         (["{model}", "--decode-tokens", "4096"], 2, "--decode-tokens 4096: allowed is half"),
+        (["{model}", "--depths", "0,4294967296"], 2, "to 2147483647"),
+        (["{model}", "--n-gpu-layers", "4294967296"], 2, "--n-gpu-layers 4294967296: allowed is"),
         (["{model}", "--text", "no.txt"], 1, "no text at no.txt"),
         (["{model}", "--resume"], 2, "--resume: name the file"),
         (["{model}", "--json", "{model}"], 2, "the comparison reads it"),

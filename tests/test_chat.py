@@ -297,6 +297,8 @@ def test_a_file_larger_than_the_context_is_refused_before_reading(fake, haystack
         (["--threads", "0"], "--threads 0: allowed is 1 to 512"),
         (["--ctx-size", "4294967297"], "--ctx-size 4294967297: allowed is 1 to 2147483647, 0 for the trained context"),
         (["--threads", "513"], "--threads 513: allowed is 1 to 512"),
+        (["-n", "-2"], "-n -2: allowed is 0 and more, -1 until the model ends its answer"),
+        (["--n-gpu-layers", "4294967296"], "--n-gpu-layers 4294967296: allowed is 0 to 2147483647, -1 for all"),
         (["--ctx-size", "-1"], "--ctx-size -1: allowed is 1 to 2147483647, 0 for the trained context"),
         (["--seed", "-1"], "--seed -1: allowed is 0 to 4294967295"),
         (["-f", "-"], "--file - needs --prompt: standard input cannot be both text and conversation"),
