@@ -57,9 +57,21 @@ class Plan:
     def _encode(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             res = gguf.quants.quantize(values, self.type)
-        if res.dtype == np.float16 and not np.isfinite(res).all():
-            raise MonarchError(f"{self.source.name} holds values that f16 cannot; convert with --outtype bf16")
+        halves = half_floats(res, self.type)
+        if halves is not None and not np.isfinite(halves).all():
+            kind = self.type.name.lower()
+            raise MonarchError(f"{self.source.name} holds values that {kind} cannot; convert with --outtype bf16")
         return res
+
+
+def half_floats(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray | None:
+    """What of the data is f16, which holds less than f32: all of it, or the scales of blocks."""
+    if kind == gguf.GGMLQuantizationType.F16:
+        return data
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        _, size = gguf.GGML_QUANT_SIZES[kind]
+        return data.reshape(-1, size)[:, :2].copy().view(np.float16)
+    return None
 
 
 def plan_tensors(checkpoint: Checkpoint, hparams: Hparams, outtype: str) -> list[Plan]:

@@ -346,6 +346,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [1e7, np.inf, np.nan])
+def test_a_block_that_q8_0_cannot_scale_is_refused(good: Path, tmp_path: Path, value: float) -> None:
+    shutil.copytree(good, tmp_path / "src")
+    tensors = make_tensors(TINYLLAMA)
+    tensors["lm_head.weight"][3, 5] = value
+    write_weights(tmp_path / "src", tensors, "F32", 1)
+    with pytest.raises(MonarchError, match="lm_head.weight holds values that q8_0 cannot"):
+        convert(tmp_path / "src", tmp_path / "out.gguf", "q8_0", "x")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def edit_tokenizer(*path: str | int, **values: object) -> Callable[[dict], object]:
     def edit(tokenizer: dict) -> None:
         for key in path:
