@@ -25,7 +25,9 @@ HEAD = struct.Struct("<8sII")
 
 
 def save_session(session: Session, path: Path) -> int:
-    """Writes the file whole or not at all, and returns its size."""
+    """Writes the file whole or not at all, and returns its size. Replaces only what is a conversation, too."""
+    if path.is_file() and not _is_session(path):
+        raise MonarchError(f"{path} exists and is not a saved conversation: name another file")
     description = {
         "messages": session.messages, "system": session.system, "context": session.context,
         "tokens": session.decoder.held,
@@ -72,6 +74,11 @@ def read_session(path: Path) -> tuple[dict[str, Any], bytes]:
     if not _is_description(description):
         raise MonarchError(f"{path} is damaged: its description is not as expected")
     return description, data[HEAD.size + size :]
+
+
+def _is_session(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _is_description(value: Any) -> bool:

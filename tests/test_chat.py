@@ -428,6 +428,14 @@ def test_a_session_that_cannot_be_written_is_one_line(real, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_save_replaces_only_a_conversation(real, tmp_path):
+    other, kept = tmp_path / "book.txt", tmp_path / "kept"
+    other.write_text("precious")
+    result = real.run("recall.gguf", stdin=f"/save {other}\n/save {kept}\nhello\n/save {kept}")
+    assert errors(result) == [f"error: {other} exists and is not a saved conversation: name another file"]
+    assert other.read_text() == "precious" and result.stderr.count("tokens kept in") == 2
+
+
 def test_off_is_plain_llama_cpp(real, haystack):
     result = real.run("recall.gguf", "--mode", "off", "-f", "long.txt", "-p", question(haystack.needles[0]))
     assert (result.returncode, result.stdout) == (0, expected(haystack.needles[0]))
