@@ -232,10 +232,7 @@ def _decode_argument(text: str) -> str:
 
 
 def _make_streams_lenient() -> None:
-    """Neither a closed stream, nor a locale without emoji, nor input that is no UTF-8 ends a conversation."""
-    sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    """Neither a locale without emoji, nor input that is no UTF-8 ends a conversation."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
 

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 def run_command(command: str, argv: Sequence[str]) -> int:
     """Runs one command and turns every failure into one line and an exit status."""
     debug = "--debug" in argv
+    _open_closed_streams()
     try:
         module = importlib.import_module(f"{__package__}.{command}")
         parser = _ArgumentParser(prog=f"{PROGRAM} {command}", description=COMMANDS[command])
@@ -78,11 +79,17 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         return error.exit_status if isinstance(error, MonarchError) else 1
 
 
+def _open_closed_streams() -> None:
+    """Where the caller closed one, Python has None, and would print errors among the answers."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+
+
 def _flush_output() -> None:
     """What cannot be written is an error of ours; the interpreter would end with a status of its own."""
     try:
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         _drop_output()
         raise

@@ -169,3 +169,12 @@ def test_output_that_nobody_takes_is_status_1(tmp_path: Path, command: list[str]
         result = subprocess.run(argv, stdout=disk if full else pipe, stderr=subprocess.PIPE, text=True, env=env)
     assert (result.returncode, "Exception" in result.stderr) == (1, False), result.stderr
     assert result.stderr.count("error: no space left on device") == full
+
+
+def test_closed_streams_are_no_error(cache: Path) -> None:
+    for redirect in ("2>&-", "<&- >&- 2>&-"):
+        argv = ["sh", "-c", f'"$@" {redirect}', "sh", sys.executable, "-m", "monarch_llamacpp"]
+        result = subprocess.run([*argv, "info", "--json"], stdout=subprocess.PIPE)
+        assert result.returncode == 0 and bool(result.stdout) == (">&- 2" not in redirect)
+        result = subprocess.run([*argv, "build", "--jobs", "0"], stdout=subprocess.PIPE)
+        assert (result.returncode, result.stdout) == (2, b"")
