@@ -6,8 +6,6 @@ import dataclasses
 import fcntl
 import os
 import shutil
-import signal
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs}: needs at least 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     pinned = pin.read_pin()
     cache = paths.cache_dir()
     if args.sdist:

@@ -238,8 +238,9 @@ def _make_streams_lenient() -> None:
 
 
 def _open_session(args: argparse.Namespace, knobs: Knobs) -> Session:
-    # importing these loads the library; Python would hold Ctrl-C back until the model is loaded
+    # importing these loads the library; Python would hold signals back until the model is loaded, or a batch decoded
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from .chat_session import Interrupts, Sampling, Session
     from .llama import Llama
 

@@ -55,6 +55,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     """Runs one command and turns every failure into one line and an exit status."""
     debug = "--debug" in argv
     _open_closed_streams()
+    signal.signal(signal.SIGTERM, _end)  # as an exception: children end, and half-written files go
     try:
         module = importlib.import_module(f"{__package__}.{command}")
         parser = _ArgumentParser(prog=f"{PROGRAM} {command}", description=COMMANDS[command])
@@ -77,6 +78,10 @@ def run_command(command: str, argv: Sequence[str]) -> int:
         with contextlib.suppress(OSError):
             _flush_output()
         return error.exit_status if isinstance(error, MonarchError) else 1
+
+
+def _end(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _open_closed_streams() -> None:

@@ -489,6 +489,19 @@ def test_what_is_done_is_kept_when_it_is_stopped(stock_bin, patched_bin, recall_
     assert {"memory", "quality", "speed"} < {row["row"] for row in read(file)}
 
 
+def test_nothing_runs_on_after_it_is_ended(stock_bin, patched_bin, recall_model, tmp_path):
+    """From outside: the child goes with it, and so do the files of the reference."""
+    args = [recall_model, "--arms", "stock,paged", "--parts", "quality", *SMALL]
+    command = [sys.executable, "-m", "monarch_llamacpp", "ab", *map(str, args)]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=TESTS.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("*/prefill.npy")):
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate()  # ends when the child's output ends, too
+    assert (process.returncode, list(tmp_path.iterdir())) == (128 + signal.SIGTERM, [])
+
+
 @pytest.fixture(scope="module")
 def shipped(stock_bin, patched_bin, tmp_path_factory) -> Path:
     """Quality of the model that ships: a folder with text.txt, rows.json and page.html."""

@@ -26,6 +26,7 @@ from monarch_llamacpp import (
     builder_recipe,
     builder_shim,
     builder_source,
+    cli,
     paths,
 )
 from monarch_llamacpp.builder_progress import Progress
@@ -531,7 +532,7 @@ def command_line(capsys, *argv: str) -> tuple[int, str]:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MONARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(build.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     return tmp_path / "cache"
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -433,6 +434,17 @@ def test_an_interrupt_leaves_nothing(good: Path, tmp_path: Path, monkeypatch, ca
     monkeypatch.setattr(gguf.GGUFWriter, stage, interrupt)
     assert main(["convert", str(good), "-o", str(tmp_path / "x.gguf")]) == 130
     assert capsys.readouterr().err.strip() == "interrupted" and list(tmp_path.iterdir()) == []
+
+
+def test_an_end_from_outside_leaves_nothing(good: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["convert", str(good), "-o", str(tmp_path / "x.gguf")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 128 + signal.SIGTERM and list(tmp_path.iterdir()) == []
 
 
 def test_only_a_gguf_is_replaced(good: Path, tmp_path: Path, capsys) -> None:
