@@ -55,13 +55,13 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV)
 
-# The bindings come without their own llama.cpp. They bypass pip's cache: a wheel without the library must not be what
-# another project of this user gets from it.
+# The bindings come without their own llama.cpp. Nothing goes into pip's cache: it lies outside this folder, and a wheel
+# without the library must not be what another project of this user gets from it.
 $(READY):
 	@echo "setting up $(VENV): about a minute"
 	@rm -rf $(VENV)
 	@$(PYTHON3) -m venv $(VENV)
 	@CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
 	    $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-cache-dir $(BINDINGS)
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test]'
 	@touch $@

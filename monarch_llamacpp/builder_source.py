@@ -40,7 +40,8 @@ def download_sdist(pin: Pin, cache: Path) -> None:
     requirements = temp / "requirements.txt"
     requirements.write_text(f"llama-cpp-python=={pin.llama_cpp_python} --hash=sha256:{pin.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
-    command += ["--require-hashes", "--dest", str(temp), "--requirement", str(requirements)]
+    command += ["--require-hashes", "--no-cache-dir"]  # this cache keeps it
+    command += ["--dest", str(temp), "--requirement", str(requirements)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode != 0 or not (temp / pin.sdist).is_file():
         raise MonarchError(f"pip could not download {pin.sdist} ({_pip_error(result.stdout)}): "

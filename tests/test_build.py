@@ -86,6 +86,20 @@ def test_another_sdist_is_refused(tmp_path: Path) -> None:
     assert not builder_source.upstream_dir(pin, tmp_path).exists()
 
 
+def test_a_download_is_kept_in_one_cache_and_its_failure_named(tmp_path: Path, monkeypatch) -> None:
+    commands = []
+
+    def fail(command: list[str], **_options: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "ERROR: no network")
+
+    monkeypatch.setattr(builder_source.subprocess, "run", fail)
+    with pytest.raises(MonarchError, match=r"ERROR: no network\): check the network, or .* --sdist FILE"):
+        builder_source.ensure_sdist(read_pin(), tmp_path, None)
+    [command] = commands
+    assert {"--no-cache-dir", "--require-hashes"} <= set(command)
+
+
 def test_only_the_vendored_source_is_unpacked_and_not_its_gitlink(tmp_path: Path) -> None:
     pin = write_sdist(tmp_path / "fake.tar.gz")
     upstream = builder_source.ensure_upstream(pin, tmp_path, None)
