@@ -423,6 +423,11 @@ def test_a_session_that_does_not_fit_is_refused_and_stays(real, haystack, tmp_pa
 def test_a_session_that_cannot_be_written_is_one_line(real, tmp_path):
     result = real.run("recall.gguf", "--session", tmp_path / "no" / "file", "-p", "hello")
     assert result.returncode == 2 and "its folder does not exist" in result.stderr
+    os.mkfifo(tmp_path / "pipe")
+    for file, why in ((tmp_path, "is a folder"), (tmp_path / "pipe", "is a device or a pipe")):
+        result = real.run("recall.gguf", "--session", file, "-p", "hello")
+        assert result.returncode == 2 and result.stderr.startswith(f"error: --session {file}: {file} {why}")
+    (tmp_path / "pipe").unlink()
     result = real.run("recall.gguf", stdin=f"hello\n/save {tmp_path}\n/save /proc/x")
     assert result.returncode == 1 and len(errors(result)) == 2, result.stderr
     assert list(tmp_path.iterdir()) == []
