@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,8 +133,7 @@ class Comparison:
 
     def __init__(self, file: Path, targets: list[int], n_vocab: int, is_reference: bool) -> None:
         self._is_reference = is_reference
-        shape = (len(targets), n_vocab)
-        self._base = np.lib.format.open_memmap(file, "w+", np.float32, shape) if is_reference else np.load(file, "r")
+        self._base = _create(file, (len(targets), n_vocab)) if is_reference else np.load(file, "r")
         self._targets = targets
         self._done = 0
         self._loss: list[np.ndarray] = []
@@ -170,6 +170,18 @@ class Comparison:
             "same_top": same.mean(),
         }
         return {name: float(value) for name, value in values.items()}
+
+
+def _create(file: Path, shape: tuple[int, int]) -> np.memmap:
+    """With room on the disk: a mapped file that finds none ends the process by a signal."""
+    res = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    try:
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        needed = f"{file.parent}: {error.strerror}, {res.nbytes >> 20} MiB are needed"
+        raise MonarchError(f"{needed}: point TMPDIR to another disk, or ask for fewer --text-tokens") from error
+    return res
 
 
 def _compare(runner: Runner, way: str, plan: Report, args: argparse.Namespace) -> dict[str, float]:

@@ -242,6 +242,15 @@ def words(text: str) -> list[int]:
     return [len(word) for word in text.split()]
 
 
+def test_a_disk_too_small_for_the_reference_says_so(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MonarchError, match=r"No space left on device, 4 MiB are needed: point TMPDIR"):
+        Comparison(tmp_path / "base.npy", [0] * 1024, 1024, is_reference=True)
+
+
 def test_a_made_text_says_again_what_it_said_long_before():
     text: list[str] = []
     ab_text.make_chunks(lambda sentence: text.append(sentence) or words(sentence), 1, "any", 1, 1500, None)
