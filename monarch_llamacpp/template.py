@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import MonarchError
@@ -50,16 +53,29 @@ def _strftime_now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     # Jinja's own filter escapes for HTML, which no model was trained on
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+class _GenerationTag(Extension):
+    """{% generation %} ... {% endgeneration %}, by which training finds the answers: what is inside."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+_EXTENSIONS = ["jinja2.ext.loopcontrols", _GenerationTag]
 
 
 class ChatTemplate:
     """tokenizer.chat_template of a GGUF."""
 
     def __init__(self, source: str, bos: str, eos: str) -> None:
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=_EXTENSIONS)
         environment.filters["tojson"] = _tojson
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self._variables = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True}

@@ -25,6 +25,14 @@ def render(source: str, messages=USER) -> str:
     return ChatTemplate(source, "<s>", "</s>").render(messages)
 
 
+def test_what_hugging_face_adds_to_jinja():
+    assert render("{% generation %}{{ messages[0].role }}{% endgeneration %}!") == "user!"
+    assert render("{{ 'é' | tojson(ensure_ascii=True) }}{{ {'b': 1, 'a': 2} | tojson(sort_keys=True) }}") == (
+        '"\\u00e9"{"a": 2, "b": 1}'
+    )
+    assert render("{{ [1, 2] | tojson(separators=(',', ':')) }}{{ [1] | tojson(indent=1) }}") == "[1,2][\n 1\n]"
+
+
 def test_tinyllama_template():
     messages = [{"role": "system", "content": "be nice"}, {"role": "user", "content": "hi"}]
     assert render(ZEPHYR, messages) == "<|system|>\nbe nice</s>\n<|user|>\nhi</s>\n<|assistant|>\n"
