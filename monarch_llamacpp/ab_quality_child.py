@@ -175,6 +175,8 @@ class Comparison:
 def _create(file: Path, shape: tuple[int, int]) -> np.memmap:
     """With room on the disk: a mapped file that finds none ends the process by a signal."""
     res = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return res
     try:
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
