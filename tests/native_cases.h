@@ -20,9 +20,16 @@
 #include <string>
 #include <vector>
 
+#include <pthread.h>
+
 //
 // of ggml
 //
+
+// of upstream's, all that the op needs
+struct ggml_threadpool {
+    pthread_barrier_t barrier;
+};
 
 extern "C" {
 
@@ -67,7 +74,10 @@ int64_t ggml_time_us(void) {
 void ggml_log_internal(enum ggml_log_level, const char *, ...) {
 }
 
-void ggml_barrier(struct ggml_threadpool *) {
+void ggml_barrier(struct ggml_threadpool * threadpool) {
+    if (threadpool) {
+        pthread_barrier_wait(&threadpool->barrier);
+    }
 }
 
 // one op at a time

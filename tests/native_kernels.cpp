@@ -6,9 +6,11 @@
 
 #include "native_cases.h"
 
-static bool test_case_read(test_case * c, int32_t * q_zero, int32_t * faint) {
-    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
-            &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs, q_zero, faint) == 16;
+#include <thread>
+
+static bool test_case_read(test_case * c, int32_t * q_zero, int32_t * faint, int32_t * n_threads) {
+    return scanf("%d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d %d", &c->head_dim, &c->n_gqa, &c->n_tokens, &c->page_size, &c->bits_k, &c->bits_v,
+            &c->scorer, &c->mode, &c->n_pages, &c->n_promote, &c->n_kv, &c->hot_bf16, &c->mask_f32, &c->n_runs, q_zero, faint, n_threads) == 17;
 }
 
 // in the order of the table; 0: not promoted, or promoted without being estimated
@@ -32,7 +34,22 @@ static std::vector<float> get_estimates(const test_case & c, int64_t n_pages_max
     return res;
 }
 
-static void test_case_run(const test_case & c, int32_t q_zero, int32_t faint) {
+// params.ith is each thread's own
+static void run_op(const ggml_compute_params & params, ggml_tensor * dst) {
+    std::vector<std::thread> threads;
+    for (int ith = 0; ith < params.nth; ++ith) {
+        threads.emplace_back([=] {
+            ggml_compute_params own = params;
+            own.ith = ith;
+            ggml_compute_forward_monarch(&own, dst);
+        });
+    }
+    for (std::thread & thread : threads) {
+        thread.join();
+    }
+}
+
+static void test_case_run(const test_case & c, int32_t q_zero, int32_t faint, int32_t n_threads) {
     const int64_t n_pages_max = (c.n_pages + 16)/16*16; // one more than needed, at least
 
     monarch_op_params op = {};
@@ -75,19 +92,29 @@ static void test_case_run(const test_case & c, int32_t q_zero, int32_t faint) {
     memcpy(dst.tensor.op_params, &op, sizeof(op));
 
     // scratch is whatever was there before, and lies anywhere: at multiples of 16 at least
-    std::vector<char> work(ggml_compute_forward_monarch_work_size(&dst.tensor, 1) + 64, (char) 0xff);
+    std::vector<char> work(ggml_compute_forward_monarch_work_size(&dst.tensor, n_threads) + 64, (char) 0xff);
 
     ggml_compute_params params = {};
-    params.nth   = 1;
+    params.nth   = n_threads;
     params.wsize = work.size() - 64;
     params.wdata = (char *) (((uintptr_t) work.data() + 63)/64*64 + 16);
+
+    ggml_threadpool threadpool;
+    pthread_barrier_init(&threadpool.barrier, nullptr, n_threads);
+    params.threadpool = &threadpool;
 
     int64_t best = INT64_MAX;
     for (int i = 0; i < c.n_runs; ++i) {
         const int64_t start = ggml_time_us();
-        ggml_compute_forward_monarch(&params, &dst.tensor);
+        if (n_threads == 1) {
+            ggml_compute_forward_monarch(&params, &dst.tensor);
+        } else {
+            run_op(params, &dst.tensor);
+        }
         best = std::min(best, ggml_time_us() - start);
     }
+    pthread_barrier_destroy(&threadpool.barrier);
+
     fprintf(stderr, "%lld\n", (long long) best);
     fwrite(dst.data.data(), 1, dst.data.size(), stdout);
 
@@ -99,8 +126,9 @@ int main() {
     test_case c;
     int32_t   q_zero;
     int32_t   faint;
-    while (test_case_read(&c, &q_zero, &faint)) {
-        test_case_run(c, q_zero, faint);
+    int32_t   n_threads;
+    while (test_case_read(&c, &q_zero, &faint, &n_threads)) {
+        test_case_run(c, q_zero, faint, n_threads);
     }
     return 0;
 }

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     n_runs: int = 1
     q_zero: int = 0
     faint: int = 0  # tokens of much attention and little V
+    n_threads: int = 1
 
 
 def upstream_dir() -> Path:
@@ -75,7 +76,7 @@ def build(
         objects = list(pool.map(compile_file, [main_file, *_sources()]))
     program = folder / main
     link = FLAGS[sanitizer] if sanitizer else ["-static"]  # qemu finds no libraries
-    subprocess.run([compiler, *link, *map(str, objects), "-o", str(program)], check=True)
+    subprocess.run([compiler, *link, "-pthread", *map(str, objects), "-o", str(program)], check=True)
     return program
 
 

@@ -148,3 +148,25 @@ def test_hot_window_of_another_type(program: Program) -> None:
     got, want = (run(program.command, kernel, cases) for kernel in (program.kernel, "plain"))
     for case, a, b in zip(cases, got, want, strict=True):
         assert nmse(a, b) <= 1e-11, case
+
+
+# KV heads are two: 3, 4, 5 and 8 threads cut the one block of each into 3, 2, 5 and 4 parts
+@pytest.mark.parametrize(("mode", "n_promote"), [(WINDOW, 37), (EXACT, 37), (PAGED, 37), (PAGED, 0)])
+def test_parts_equal_the_whole(program: Program, mode: int, n_promote: int) -> None:
+    """On the same bytes only the order of sums differs. None promoted: what is estimated of all goes to the mean V."""
+    shapes = [(5, 1, 16), (3, 2, 8), (1, 1, 32)]
+    cases = [
+        Case(head_dim, n_gqa, n_tokens, page_size, mode=mode, n_pages=37, n_promote=n_promote, n_kv=187)
+        for head_dim, (n_gqa, n_tokens, page_size) in zip(HEAD_DIMS, shapes * 3, strict=False)
+    ]
+
+    def share(n_threads: int, run: Callable = run) -> list[np.ndarray]:
+        return run(program.command, program.kernel, [case._replace(n_threads=n_threads) for case in cases])
+
+    whole = share(1)
+    for n_threads, alike in [(3, 6), (4, 4), (5, 10), (8, 8)]:
+        for case, got, want, again in zip(cases, share(n_threads), whole, share(alike), strict=True):
+            assert 0 < nmse(got, want) <= 1e-11, (n_threads, case)
+            assert np.array_equal(got, again), (n_threads, alike, case)
+    for case, got, want in zip(cases, share(5, run_estimates), share(1, run_estimates), strict=True):
+        assert np.allclose(got, want, rtol=1e-5, atol=0), case
