@@ -171,7 +171,7 @@ class Chat:
             n_held = len(self.session.decoder.held)
             say(f"stopped after {n_held} tokens of the prompt, which stay: send the message again to go on")
         if self.session.interrupts.count > 1:
-            raise KeyboardInterrupt
+            self.session.interrupts.leave()
 
     def _warn_beyond_training(self) -> None:
         trained = self.session.n_ctx_train
@@ -249,7 +249,7 @@ def _make_streams_lenient() -> None:
 
 
 def _open_session(args: argparse.Namespace, knobs: Knobs) -> Session:
-    # importing these loads the library; Python would hold signals back until the model is loaded, or a batch decoded
+    # importing these loads the library; Python would hold signals back until the model is loaded
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from .chat_session import Interrupts, Sampling, Session

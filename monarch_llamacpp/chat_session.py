@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from .chat_view import Utf8Stream
 from .errors import MonarchError
@@ -34,11 +34,16 @@ class ContextFull(MonarchError):
         super().__init__(f"context full: {size}; /clear starts anew, --ctx-size N makes it larger")
 
 
+# a terminal that closes, a system that shuts down: the conversation ends as by /exit, and is kept
+_ENDS = [getattr(signal, name) for name in ("SIGHUP", "SIGTERM") if hasattr(signal, name)]
+
+
 class Interrupts:
-    """Counts Ctrl-C while the model works; elsewhere Ctrl-C raises KeyboardInterrupt as usual."""
+    """Counts Ctrl-C while the model works; elsewhere that raises KeyboardInterrupt as usual. An end is two."""
 
     def __init__(self) -> None:
         self.count = 0
+        self._end: int | None = None
         self._working = False
 
     def install(self) -> None:
@@ -48,6 +53,9 @@ class Interrupts:
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._handle)
+        for end in _ENDS:
+            if signal.getsignal(end) != signal.SIG_IGN:  # nohup
+                signal.signal(end, self._handle)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -58,11 +66,21 @@ class Interrupts:
         finally:
             self._working = False
 
-    def _handle(self, _signal: int, _frame: Any) -> None:
+    def leave(self) -> NoReturn:
+        if self._end:
+            raise SystemExit(128 + self._end)
+        raise KeyboardInterrupt
+
+    def _handle(self, number: int, _frame: Any) -> None:
         with suppress(BlockingIOError):
             self.count += self._received.recv(64).count(signal.SIGINT)
+        if number in _ENDS:
+            if self._end:
+                return  # it is ending
+            self._end = number
+            self.count += 2
         if not self._working:
-            raise KeyboardInterrupt
+            self.leave()
 
 
 @dataclass

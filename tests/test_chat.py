@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -441,6 +442,34 @@ def test_save_replaces_only_a_conversation(real, tmp_path):
     assert other.read_text() == "precious" and result.stderr.count("tokens kept in") == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_session_is_kept_when_the_process_is_ended(real, haystack, tmp_path, number):
+    child = terminal(real, "recall.gguf", *PAGED, "--session", tmp_path / "idle", "-f", real.folder / "long.txt")
+    child.type(question(haystack.needles[0]) + "\n")
+    child.wait_for(r"\[prompt 30\d\d .*\n")
+    child.wait_for(PROMPT)
+    time.sleep(REACTION)
+    child.signal(number)
+    assert child.status() == 128 + number
+    went_on = real.run("recall.gguf", *PAGED, "--session", tmp_path / "idle", stdin=question(haystack.needles[1]))
+    assert went_on.stdout == expected(haystack.needles[1]) and ", 2 messages" in went_on.stderr
+
+    child = terminal(real, "babble.gguf", "--session", tmp_path / "busy")
+    child.type("hello\n")
+    child.wait_for("hello\r?\n.")
+    time.sleep(REACTION)
+    child.signal(number)
+    assert child.status() == 128 + number and (tmp_path / "busy").exists()
+
+
+def test_a_session_is_kept_when_the_terminal_closes(real, tmp_path):
+    child = terminal(real, "babble.gguf", "--session", tmp_path / "kept")
+    child.type("hello\n")
+    child.wait_for("hello\r?\n.")
+    child.close()
+    wait_for((tmp_path / "kept").exists)
+
+
 def test_off_is_plain_llama_cpp(real, haystack):
     result = real.run("recall.gguf", "--mode", "off", "-f", "long.txt", "-p", question(haystack.needles[0]))
     assert (result.returncode, result.stdout) == (0, expected(haystack.needles[0]))
@@ -500,6 +529,12 @@ class Terminal:
         """As late as a hand would: Python's input() sleeps on if a signal comes microseconds after its prompt."""
         time.sleep(REACTION)
         self.type(INTERRUPT)
+
+    def signal(self, number: int) -> None:
+        os.kill(self._pid, number)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
     def status(self) -> int:
         """Of the child, which has to end by itself."""
