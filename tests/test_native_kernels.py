@@ -170,3 +170,18 @@ def test_parts_equal_the_whole(program: Program, mode: int, n_promote: int) -> N
             assert np.array_equal(got, again), (n_threads, alike, case)
     for case, got, want in zip(cases, share(5, run_estimates), share(1, run_estimates), strict=True):
         assert np.allclose(got, want, rtol=1e-5, atol=0), case
+
+
+@pytest.mark.parametrize("mode", [EXACT, PAGED])
+def test_who_does_a_block_does_not_matter(program: Program, mode: int) -> None:
+    """Heads of one block belong to a thread; of a prompt's many blocks, each goes to the thread that is free."""
+    shapes = [(4, 200), (1, 70), (4, 1)]
+    cases = [
+        Case(head_dim, n_gqa, n_tokens, mode=mode, n_pages=37, n_kv=187)
+        for head_dim, (n_gqa, n_tokens) in zip(HEAD_DIMS, shapes * 3, strict=False)
+    ]
+    for n_threads, cut in [(2, cases), (3, [case for case in cases if case.n_tokens > 1])]:
+        alone = run(program.command, program.kernel, cut)
+        shared = run(program.command, program.kernel, [case._replace(n_threads=n_threads) for case in cut])
+        for case, got, want in zip(cut, shared, alone, strict=True):
+            assert np.array_equal(got, want), (n_threads, case)
