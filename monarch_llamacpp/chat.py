@@ -79,7 +79,8 @@ class Chat:
             return self._answer_all(args)
         finally:
             if args.session:
-                self.save(args.session)
+                with self.session.interrupts.kept_whole():
+                    self.save(args.session)
 
     def _answer_all(self, args: argparse.Namespace) -> int:
         self._warn_beyond_training()
@@ -164,6 +165,7 @@ class Chat:
             self._report(turn.error)
         if turn.stopped:
             self._stop(turn)
+        self.session.interrupts.leave_if_ended()
 
     def _stop(self, turn: Turn) -> None:
         self._interrupted = True

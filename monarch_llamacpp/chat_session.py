@@ -45,6 +45,7 @@ class Interrupts:
         self.count = 0
         self._end: int | None = None
         self._working = False
+        self._keeping = False
 
     def install(self) -> None:
         # Python calls its handler once for signals that arrive during one C call: the bytes tell how many they were
@@ -66,16 +67,28 @@ class Interrupts:
         finally:
             self._working = False
 
+    @contextmanager
+    def kept_whole(self) -> Iterator[None]:
+        """What is done at the end anyway: an end that comes now waits for it."""
+        self._keeping = True
+        yield
+        self._keeping = False
+
     def leave(self) -> NoReturn:
         if self._end:
             raise SystemExit(128 + self._end)
         raise KeyboardInterrupt
 
+    def leave_if_ended(self) -> None:
+        """An end may come with the last token, when nothing is left to stop."""
+        if self._end:
+            self.leave()
+
     def _handle(self, number: int, _frame: Any) -> None:
         with suppress(BlockingIOError):
             self.count += self._received.recv(64).count(signal.SIGINT)
         if number in _ENDS:
-            if self._end:
+            if self._end or self._keeping:
                 return  # it is ending
             self._end = number
             self.count += 2

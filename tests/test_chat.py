@@ -462,6 +462,15 @@ def test_a_session_is_kept_when_the_process_is_ended(real, haystack, tmp_path, n
     assert child.status() == 128 + number and (tmp_path / "busy").exists()
 
 
+@pytest.mark.parametrize(("when", "status", "n_answers"), [("answer", 128 + signal.SIGTERM, 1), ("save", 0, 2)])
+def test_an_end_at_the_last_moment_is_one(real, tmp_path, when, status, n_answers):
+    child = Runner([sys.executable, str(TESTS / "child_chat_end.py"), when], real.folder, real.env)
+    result = child.run("recall.gguf", "-n", 4, "--session", tmp_path / "kept", stdin="hello\nhello\n")
+    assert (result.returncode, result.stderr.count("[prompt ")) == (status, n_answers), result.stderr
+    went_on = real.run("recall.gguf", "--session", tmp_path / "kept", stdin="hello")
+    assert f", {2 * n_answers} messages" in went_on.stderr
+
+
 def test_a_session_is_kept_when_the_terminal_closes(real, tmp_path):
     child = terminal(real, "babble.gguf", "--session", tmp_path / "kept")
     child.type("hello\n")
@@ -508,6 +517,7 @@ class Terminal:
         self.seen = ""
         self._pid, self._fd = pty.fork()
         if self._pid == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
             os.execvpe(argv[0], argv, env)
 
     def type(self, text: str) -> None:
