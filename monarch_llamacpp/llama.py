@@ -6,7 +6,7 @@ import ctypes
 from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import library
 from .checks import check_ctx_size, check_gpu_layers, check_model, check_threads
@@ -43,6 +43,14 @@ def _cause() -> str:
     return f"{cause}: use a smaller context" if "alloc" in cause else cause
 
 
+class _Closed:
+    def __getattr__(self, _name: str) -> NoReturn:
+        raise MonarchError("the model is closed: open it again")
+
+
+_CLOSED: Any = _Closed()
+
+
 class Llama(llama_cpp.Llama):
     """Llama(path, paging=Knobs(mode="paged")); without paging the MONARCH_* environment decides.
 
@@ -75,12 +83,10 @@ class Llama(llama_cpp.Llama):
         finally:
             SHIM.set_pending(None)
 
-    @property
-    def ctx(self) -> int:
-        """Of a closed model there is none, and llama.cpp would read through the null pointer."""
-        if not (ctx := self._ctx.ctx):
-            raise MonarchError("the model is closed: open it again")
-        return ctx
+    def close(self) -> None:
+        """Whatever is used afterwards says so: llama.cpp would read what was freed."""
+        super().close()
+        self._ctx = self._model = self.tokenizer_ = _CLOSED
 
     def stats(self) -> Stats:
         """What the paged cache holds and did; refused when paging is off."""

@@ -111,6 +111,8 @@ def check_closed() -> None:
     state = llm.get_sequence_state()
     llm.close()
     uses = [llm.stats, llm.pages, llm.knobs, llm.set_hooks, llm.get_sequence_state]
+    uses += [llm.n_ctx, llm.n_vocab, llm.save_state]
+    uses += [lambda: llm("x"), lambda: llm.eval([5]), lambda: llm.tokenize(b"x")]
     for use in (*uses, lambda: llm.set_sequence_state(state), lambda: llm.set_knob("mode", "exact")):
         assert "the model is closed" in refused(MonarchError, use)
     llm.close()
