@@ -71,8 +71,10 @@ class Interrupts:
     def kept_whole(self) -> Iterator[None]:
         """What is done at the end anyway: an end that comes now waits for it."""
         self._keeping = True
-        yield
-        self._keeping = False
+        try:
+            yield
+        finally:
+            self._keeping = False
 
     def leave(self) -> NoReturn:
         if self._end:

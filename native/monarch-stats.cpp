@@ -2,12 +2,14 @@
 
 #include "monarch-knobs.h"
 
+#include <limits>
 #include <locale>
 #include <sstream>
 
 std::string monarch_stats_to_json(const monarch_stats & stats) {
     std::ostringstream out;
     out.imbue(std::locale::classic()); // a decimal point whatever the program's locale says
+    out.precision(std::numeric_limits<double>::max_digits10);
 
     const char * separator = "{";
 

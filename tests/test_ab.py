@@ -246,7 +246,7 @@ def test_a_disk_too_small_for_the_reference_says_so(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(MonarchError, match=r"No space left on device, 4 MiB are needed: point TMPDIR"):
         Comparison(tmp_path / "base.npy", [0] * 1024, 1024, is_reference=True)
 
