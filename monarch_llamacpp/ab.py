@@ -18,12 +18,12 @@ from .ab_probe import run_probes
 from .ab_quality import run_quality
 from .ab_receipt import environment
 from .ab_report import print_report
-from .ab_rows import Rows, read_rows, write_file
+from .ab_rows import Rows, read_rows
 from .ab_settings import Settings, read_settings
 from .builder_progress import Progress
 from .errors import UsageError
 from .knobs import add_knob_arguments, knobs_from_args
-from .output_file import check_output
+from .output_file import check_flag_output, write_file
 
 _RUN = {"memory": run_probes, "quality": run_quality, "speed": run_bench}
 
@@ -54,11 +54,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_outputs(args: argparse.Namespace) -> None:
     read = {file.resolve() for file in (args.model, args.text) if file}
     for flag, file in (("--json", args.json), ("--html", args.html)):
-        try:
-            if file:
-                check_output(file)
-        except UsageError as error:
-            raise UsageError(f"{flag} {file}: {error}") from None
+        if file:
+            check_flag_output(flag, file)
         if file and file.resolve() in read:
             raise UsageError(f"{flag} {file}: the comparison reads it: give another file")
     if args.json and args.html and args.json.resolve() == args.html.resolve():

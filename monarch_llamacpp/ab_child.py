@@ -51,16 +51,16 @@ def _contradiction(arm: Arm, stats: Report | None, n_step: int) -> str | None:
     mode = arm.knobs.mode
     if stats["mode"] != mode and mode != "auto":
         return f"it ran in mode {stats['mode']}"
-    # the newest pages may have left the hot window in this very step
-    n_new = 1 + n_step // arm.knobs.page_size
-    if stats["n_pages"] <= n_new:
-        return None  # everything was hot: nothing to page, which the report says
+    if stats["n_cold"] == 0:
+        return None  # everything is hot: nothing to page, which the report says
+    # those that left the hot window in this very step could not be promoted in it
+    n_new = n_step // arm.knobs.page_size
     if mode == "window" and stats["n_promotions"]:
         return f"{stats['n_promotions']} pages were promoted"
-    if mode == "paged" and not stats["n_promotions"]:
+    if mode == "paged" and not stats["n_promotions"] and stats["n_pages"] > n_new:
         return f"no page of {stats['n_cold']} cold tokens was promoted: see promote_tokens, promotion_threshold"
     n_places = stats["n_layer"] * stats["n_head_kv"]
-    if mode == "exact" and stats["n_promoted"] < (stats["n_pages"] - n_new) * n_places:
+    if mode == "exact" and stats["n_promoted"] < (stats["n_pages"] - n_new - 1) * n_places:
         return f"it attended {stats['n_promoted']} of {stats['n_pages'] * n_places} cold pages"
     return None
 

@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MonarchError
-from .output_file import replaced
+from .output_file import write_file
 
 Row = dict[str, Any]
 
 # what tells one row from another
 _KEY = ("row", "arm", "control", "flash_attn", "n_depth", "n_prompt", "n_gen", "metric", "way", "length", "depth")
-
-
-def write_file(file: Path, text: str) -> None:
-    """Whole or not at all; what names of files hold that is no text becomes a question mark."""
-    with replaced(file) as part:
-        part.write_text(text, encoding="utf-8", errors="replace")
 
 
 def make_receipt(facts: object) -> str:

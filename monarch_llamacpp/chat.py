@@ -19,7 +19,7 @@ from .chat_view import ProgressLine, pages_summary, say, turn_line
 from .checks import check_ctx_size, check_gpu_layers, check_threads
 from .errors import MonarchError, UsageError
 from .knobs import Knobs, add_knob_arguments, knobs_from_args, specs
-from .output_file import check_output
+from .output_file import check_flag_output
 from .template import PlainText
 
 if TYPE_CHECKING:
@@ -225,18 +225,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed {args.seed}: allowed is 0 to {(1 << 32) - 1}")
     if args.session and not args.session.absolute().parent.is_dir():
         raise UsageError(f"--session {args.session}: its folder does not exist")
-    if args.session:
-        _check_session(args.session)
+    if args.session:  # one that cannot be kept is refused before the conversation
+        check_flag_output("--session", args.session)
     if args.file == "-" and args.prompt is None:
         raise UsageError("--file - needs --prompt: standard input cannot be both text and conversation")
-
-
-def _check_session(file: Path) -> None:
-    """A conversation that cannot be kept is refused before it begins."""
-    try:
-        check_output(file)
-    except UsageError as error:
-        raise UsageError(f"--session {file}: {error}") from None
 
 
 def _decode_argument(text: str) -> str:

@@ -23,6 +23,14 @@ def check_output(file: Path) -> None:
         raise UsageError(f"the folder {file.resolve().parent} cannot be written to: write elsewhere")
 
 
+def check_flag_output(flag: str, file: Path) -> None:
+    """The same, in the flag's name."""
+    try:
+        check_output(file)
+    except UsageError as error:
+        raise UsageError(f"{flag} {file}: {error}") from None
+
+
 def check_gguf_output(file: Path) -> None:
     check_output(file)
     if file.exists() and not is_gguf(file):
@@ -46,6 +54,12 @@ def replaced(file: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Whole or not at all; what names of files hold that is no text becomes a question mark."""
+    with replaced(file) as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _sync(path: Path) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UsageError
-from .output_file import check_gguf_output, check_output, replaced
+from .output_file import check_gguf_output, check_output, replaced, write_file
 from .recall_text import make_haystack
 from .recall_vocab import BOS, CODE_DIM, COMMON_WEIGHT, EOS, STOP, UNKNOWN, Token, codes, random_signs, spell, tokens
 
@@ -269,8 +269,7 @@ def run(args: argparse.Namespace) -> int:
     write_recall_model(args.output, n_head=args.heads, n_head_kv=args.kv_heads, context_length=args.ctx_size)
     print(f"wrote {args.output}", file=sys.stderr)
     if haystack:
-        with replaced(args.text) as part:
-            part.write_text(haystack.text, encoding="utf-8")
+        write_file(args.text, haystack.text)
         print(f"wrote {args.text}, {len(haystack.tokens)} tokens", file=sys.stderr)
         for needle in haystack.needles:
             print(f"{needle.question.strip()}?\t{needle.answer.strip()}")

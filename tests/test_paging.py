@@ -189,7 +189,7 @@ def moved_records(got: Path, want: Path, head_dim: int) -> np.ndarray:
 # last bit decides more often
 @pytest.mark.parametrize(
     ("mode", "kernel", "promote_tokens", "limit"),
-    [(*mode, 1e-2 if mode == ("paged", None, 64) else 1e-8) for mode in MODES],
+    [(*mode, 1e-2 if mode == ("paged", None, 64) else 1e-7) for mode in MODES],
 )
 def test_parts_matter_as_far_as_records_move(
     patched_bin: Path, folder: Path, cases: list[dict], mode: str, kernel: str | None, promote_tokens: int, limit: float
@@ -216,7 +216,8 @@ def test_parts_matter_as_far_as_records_move(
             moves = moved_records(state, states[0], head_dim)
             if limit < 1e-2:
                 assert (moves > 0).mean() <= 0.01 and moves.max() <= 6 * CODEC_ERROR
-            assert nmse(got.logits, one.logits) <= limit + 4 * loss * moves.mean() / CODEC_ERROR
+                assert nmse(got.logits, one.logits) <= 1e-8 + 4 * loss * moves.mean() / CODEC_ERROR
+            assert nmse(got.logits, one.logits) <= limit
 
 
 def test_budgets_are_hard_caps(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
