@@ -33,10 +33,9 @@ static const int32_t MONARCH_FRAMES_PER_PROMOTED = 4;
 
 static bool monarch_arch_is_supported(llm_arch arch) {
     switch (arch) {
-        case LLM_ARCH_LLAMA:
-        case LLM_ARCH_BITNET:
-        case LLM_ARCH_QWEN2:
-        case LLM_ARCH_QWEN3:
+#define MONARCH_ARCH(name) case LLM_ARCH_##name:
+#include "monarch-archs.def"
+#undef MONARCH_ARCH
             return true;
         default:
             return false;
@@ -67,10 +66,13 @@ static std::string monarch_check_model(const llama_model & model, const llama_me
     const auto & hparams = model.hparams;
 
     if (!monarch_arch_is_supported(model.arch)) {
-        return std::string("architecture ") + llm_arch_name(model.arch) + " is not supported (llama, bitnet, qwen2 and qwen3 are)";
+        return std::string("architecture ") + llm_arch_name(model.arch) + " is not supported";
     }
     if (hparams.swa_type != LLAMA_SWA_TYPE_NONE || hparams.use_alibi || hparams.attn_soft_cap || hparams.is_mla()) {
         return "sliding windows, ALiBi, soft-capping and MLA are not supported";
+    }
+    if (hparams.n_pos_per_embd() != 1) {
+        return "M-RoPE is not supported";
     }
     if (!cparams.causal_attn || params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT || params.mem_other) {
         return "only plain causal contexts are supported";

@@ -1,7 +1,8 @@
 """Runs in a child process on one library (LLAMA_CPP_LIB_PATH): decodes token sequences and saves every logit.
 
 Standard input: a JSON list of cases; argument: the .npz to write. A case:
-  model, n_ctx, n_ubatch, type_k, type_v, flash_attn   the context
+  model, or metadata of one with random tensors (metadata_model.py)
+  n_ctx, n_ubatch, type_k, type_v, flash_attn   the context
   n_gpu_layers   on the device that the environment names (devices.py)
   env      MONARCH_* variables
   seed     order of physical pages (patched library)
@@ -23,6 +24,7 @@ import sys
 import llama_cpp
 import numpy as np
 from devices import register
+from metadata_model import init_model
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 
@@ -82,7 +84,10 @@ class Context:
             llama_cpp.llama_cpp._lib.monarch_test_shuffle_pages(ctypes.c_uint32(case["seed"]))
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = case.get("n_gpu_layers", 0)
-        self.model = llama_cpp.llama_model_load_from_file(case["model"].encode(), params)
+        if "metadata" in case:
+            self.model = init_model(case["metadata"], params)
+        else:
+            self.model = llama_cpp.llama_model_load_from_file(case["model"].encode(), params)
         cparams = llama_cpp.llama_context_default_params()
         cparams.n_ctx = case["n_ctx"]
         cparams.n_batch = max(case["n_ctx"], case["n_ubatch"])

@@ -297,15 +297,6 @@ def test_abort_at_every_node_changes_nothing(patched_bin: Path, folder: Path, ca
     assert got.info["stats"] == want.info["stats"]
 
 
-def test_other_architectures_are_refused_when_paging_is_on(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
-    model = write_random_model(folder / "internlm2.gguf", arch="internlm2", head_dim=32)
-    case = cases[1] | {"model": str(model)}
-    (off,) = run_cases(patched_bin, folder, [case | {"env": {}}])
-    assert np.isfinite(off.logits).all()
-    with pytest.raises(AssertionError, match="monarch: architecture internlm2 is not supported"):
-        run_cases(patched_bin, folder, [case | {"env": {"MONARCH": "1"}}])
-
-
 @pytest.mark.parametrize(
     ("knobs", "error"),
     [
