@@ -512,6 +512,7 @@ void monarch_kv_cache::paged_place(monarch_paged_state & state, llama_seq_id seq
             if (token->index == state.slots.size()) {
                 state.slots.push_back(find_cell(dst, is_taken));
                 v_cells[0].pos_set(state.slots.back(), token->pos);
+                cold_bits[state.slots.back()] = {};
             }
             v_cells[0].seq_add(state.slots[token->index], dst);
         }

@@ -209,6 +209,7 @@ void monarch_kv_cache::stock_place(monarch_stock_state & state, llama_seq_id seq
             state.slots.push_back(find_cell(seq_id, is_taken));
 
             v_cells[0].pos_set(state.slots.back(), state.pos[state.order[i]]);
+            cold_bits[state.slots.back()] = {};
             v_cells[0].seq_add(state.slots.back(), seq_id);
         }
     }

@@ -3,6 +3,7 @@
 #include "monarch-crc.h"
 #include "monarch-error.h"
 #include "monarch-frames.h"
+#include "monarch-io.h"
 #include "monarch-knobs.h"
 #include "monarch-page.h"
 #include "monarch-policy.h"
@@ -179,11 +180,11 @@ monarch_kv_cache::monarch_kv_cache(
             monarch_n_slots(knobs, cparams), cparams.n_seq_max, /*n_pad =*/ 1, /*n_swa =*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, nullptr, nullptr, nullptr),
     knobs(knobs),
     n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(monarch_is_unified(cparams)),
-    n_ubatch(monarch_n_ubatch(cparams)), n_threads(cparams.n_threads_batch),
+    n_ubatch(monarch_n_ubatch(cparams)), n_threads(std::max(cparams.n_threads_batch, 1)),
     n_head_kv(model.hparams.n_head_kv(0)), head_dim(model.hparams.n_embd_head_k(0)),
     n_pages_max(monarch_n_pages_max(cparams.n_ctx, knobs.page_size)),
     fingerprint(monarch_model_fingerprint(model)),
-    tables(cparams.n_seq_max), n_attended(cparams.n_seq_max) {
+    tables(cparams.n_seq_max), cold_bits(get_size()), n_attended(cparams.n_seq_max) {
     // cold pages bring their own rotation; hot tokens stay as the model made them
     attn_rot_k = false;
     attn_rot_v = false;
@@ -358,13 +359,24 @@ int32_t monarch_kv_cache::resolve_mode(llama_seq_id seq_id) const {
 // steps
 //
 
-bool monarch_kv_cache::is_supported(const llama_ubatch & ubatch) const {
+// last: of the batch, each sequence's position so far
+bool monarch_kv_cache::is_supported(const llama_ubatch & ubatch, std::vector<llama_pos> & last) const {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_pos pos = ubatch.pos[i];
+
         for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-            if ((uint32_t) ubatch.seq_id[i][j] >= n_seqs()) {
-                LLAMA_LOG_ERROR("%s: sequence %d: this context was created with n_seq_max = %u\n", __func__, ubatch.seq_id[i][j], n_seqs());
+            const llama_seq_id seq_id = ubatch.seq_id[i][j];
+
+            if ((uint32_t) seq_id >= n_seqs()) {
+                LLAMA_LOG_ERROR("%s: sequence %d: this context was created with n_seq_max = %u\n", __func__, seq_id, n_seqs());
                 return false;
             }
+            if (pos <= last[seq_id] || pos >= MONARCH_STATE_MAX_POS) {
+                LLAMA_LOG_ERROR("%s: sequence %d: position %d: each must be greater than the one before, and less than %d; use mode off\n",
+                        __func__, seq_id, pos, MONARCH_STATE_MAX_POS);
+                return false;
+            }
+            last[seq_id] = pos;
         }
     }
     return !ubatch.is_pos_2d();
@@ -396,14 +408,14 @@ bool monarch_kv_cache::fits(const std::vector<llama_ubatch> & ubatches) {
         return has_room(ubatches[0]);
     }
 
-    places saved = { v_cells[0], pool, tables };
+    places saved = { v_cells[0], cold_bits, pool, tables };
 
     bool res = true;
     try {
         for (const auto & ubatch : ubatches) {
             res = res && has_room(ubatch);
             if (res) {
-                apply_ubatch(find_cells(ubatch), ubatch);
+                fill_cells(find_cells(ubatch), ubatch);
                 schedule_page_outs();
                 commit_page_outs();
             }
@@ -419,6 +431,7 @@ bool monarch_kv_cache::fits(const std::vector<llama_ubatch> & ubatches) {
 
 void monarch_kv_cache::go_back(places & saved) {
     std::swap(v_cells[0], saved.cells);
+    std::swap(cold_bits,  saved.cold_bits);
     std::swap(pool,       saved.pool);
     std::swap(tables,     saved.tables);
 
@@ -431,13 +444,14 @@ llama_memory_context_ptr monarch_kv_cache::init_batch(llama_batch_allocr & ballo
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
+    std::vector<llama_pos>    last(n_seqs(), -1);
     while (true) {
         auto ubatch = is_unified ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
-        if (!is_supported(ubatch)) {
-            return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        if (!is_supported(ubatch, last)) {
+            return std::make_unique<monarch_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_COMPUTE); // a smaller batch would not help
         }
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
@@ -507,6 +521,28 @@ llama_kv_cache::slot_info monarch_kv_cache::find_cells(const llama_ubatch & ubat
     return res;
 }
 
+void monarch_kv_cache::fill_cells(const slot_info & sinfo, const llama_ubatch & ubatch) {
+    apply_ubatch(sinfo, ubatch);
+
+    for (const uint32_t slot : sinfo.idxs[0]) {
+        cold_bits[slot] = {};
+    }
+}
+
+// the page that holds just these tokens already, because a sequence that shares them paged them out earlier; or -1
+int32_t monarch_kv_cache::find_page(const page_out & out, llama_seq_id seq_id) const {
+    const int32_t phys = cold_bits[out.slots[0]].page;
+
+    for (size_t i = 0; i < out.slots.size(); ++i) {
+        const auto & bit = cold_bits[out.slots[i]];
+
+        if ((out.mask >> i & 1) && (bit.page != phys || bit.bit != (int32_t) i || !pool.holds(bit))) {
+            return -1;
+        }
+    }
+    return phys < 0 || tables[seq_id].has(phys) ? -1 : phys; // a table lists a page once
+}
+
 void monarch_kv_cache::schedule_page_outs() {
     pending.clear();
 
@@ -524,10 +560,12 @@ void monarch_kv_cache::schedule_page_outs(llama_seq_id seq_id) {
 
     const size_t n_out_max = std::min<size_t>(pool.n_free(), n_page_outs_max());
 
+    size_t n_out = n_page_outs_pending();
+
     auto it = in_order.lower_bound({ knobs.sink_tokens, 0 });
 
     while (it != in_order.end() && it->first <= end - knobs.page_size) {
-        page_out out = { it->first, 0, {}, { seq_id } };
+        page_out out = { -1, it->first, 0, {}, { seq_id } };
 
         // where tokens were removed, the one before stands in and counts nowhere
         for (int32_t i = 0; i < knobs.page_size; ++i) {
@@ -539,18 +577,26 @@ void monarch_kv_cache::schedule_page_outs(llama_seq_id seq_id) {
             }
         }
 
+        out.phys = find_page(out, seq_id);
+
         const auto same = std::find_if(pending.begin(), pending.end(), [&](const page_out & other) {
-            return other.mask == out.mask && other.slots == out.slots;
+            return other.phys == out.phys && other.mask == out.mask && other.slots == out.slots;
         });
 
         if (same != pending.end()) {
             same->seqs.push_back(seq_id);
-        } else if (pending.size() < n_out_max) {
+        } else if (out.phys >= 0 || n_out < n_out_max) {
+            n_out += out.phys < 0;
             pending.push_back(std::move(out));
         } else {
             break;
         }
     }
+}
+
+// pages that the present step encodes
+uint32_t monarch_kv_cache::n_page_outs_pending() const {
+    return std::count_if(pending.begin(), pending.end(), [](const page_out & out) { return out.phys < 0; });
 }
 
 void monarch_kv_cache::commit_page_outs() {
@@ -559,7 +605,7 @@ void monarch_kv_cache::commit_page_outs() {
     }
 
     for (const auto & out : pending) {
-        int32_t phys = -1;
+        int32_t phys = out.phys;
 
         for (const llama_seq_id seq_id : out.seqs) {
             if (phys < 0) {
@@ -572,6 +618,7 @@ void monarch_kv_cache::commit_page_outs() {
             for (size_t i = 0; i < out.slots.size(); ++i) {
                 if (out.mask >> i & 1) {
                     v_cells[0].seq_rm(out.slots[i], seq_id);
+                    cold_bits[out.slots[i]] = pool.get_bit(phys, i);
                 }
             }
         }
@@ -589,7 +636,7 @@ llama_kv_cache::slot_info monarch_kv_cache::place(const llama_ubatch & ubatch) {
     }
 
     try {
-        apply_ubatch(sinfo, ubatch);
+        fill_cells(sinfo, ubatch);
         schedule_page_outs();
     } catch (const std::exception &) {
         abandon(sinfo);
@@ -621,7 +668,7 @@ void monarch_kv_cache::abandon(const slot_info & sinfo) {
 void monarch_kv_cache::commit() {
     const monarch_hooks hooks_now = hooks;
     const auto          events    = collect_events();
-    const size_t        n_outs    = pending.size();
+    const size_t        n_outs    = n_page_outs_pending();
 
     commit_page_outs();
 
@@ -690,6 +737,8 @@ void monarch_kv_cache::apply_logs() {
 void monarch_kv_cache::run_jobs(size_t n, const std::function<void(size_t)> & f) const {
     std::atomic<size_t> next { 0 };
 
+    const size_t n_workers = std::min<size_t>(n_threads, n);
+
     const auto worker = [&]() {
         for (size_t i = next++; i < n; i = next++) {
             f(i);
@@ -698,8 +747,8 @@ void monarch_kv_cache::run_jobs(size_t n, const std::function<void(size_t)> & f)
 
     std::vector<std::thread> threads;
     try {
-        threads.reserve(n_threads);
-        for (uint32_t i = 1; i < n_threads; ++i) {
+        threads.reserve(n_workers);
+        for (size_t i = 1; i < n_workers; ++i) {
             threads.emplace_back(worker);
         }
     } catch (const std::exception &) {
@@ -712,7 +761,7 @@ void monarch_kv_cache::run_jobs(size_t n, const std::function<void(size_t)> & f)
 }
 
 void monarch_kv_cache::attempt(const std::function<void()> & action) {
-    places saved = { v_cells[0], pool, tables };
+    places saved = { v_cells[0], cold_bits, pool, tables };
 
     try {
         action();
@@ -1039,12 +1088,15 @@ void monarch_kv_cache::set_input_table(ggml_tensor * dst, const llama_ubatch & u
 void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
     int32_t * data = (int32_t *) dst->data;
 
-    *data++ = pending.size();
+    *data++ = n_page_outs_pending();
 
-    for (size_t i = 0; i < pending.size(); ++i) {
-        *data++ = pool.get_free(i);
-        *data++ = (int32_t) pending[i].mask;
-        data = std::copy(pending[i].slots.begin(), pending[i].slots.end(), data);
+    uint32_t i = 0;
+    for (const auto & out : pending) {
+        if (out.phys < 0) {
+            *data++ = pool.get_free(i++);
+            *data++ = (int32_t) out.mask;
+            data = std::copy(out.slots.begin(), out.slots.end(), data);
+        }
     }
 }
 

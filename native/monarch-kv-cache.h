@@ -129,6 +129,7 @@ private:
 
     // a page that leaves the hot window in the present step; of several sequences, if they share its slots
     struct page_out {
+        int32_t                   phys; // -1: to be encoded; otherwise another sequence's page holds these very tokens
         int32_t                   first_pos;
         uint32_t                  mask;
         std::vector<int32_t>      slots;
@@ -138,6 +139,7 @@ private:
     // what a step changes apart from the tensors
     struct places {
         llama_kv_cells                  cells;
+        std::vector<monarch_page_bit>   cold_bits;
         monarch_page_pool               pool;
         std::vector<monarch_page_table> tables;
     };
@@ -148,13 +150,15 @@ private:
     uint32_t n_hot()    const;
     int32_t  resolve_mode(llama_seq_id seq_id) const;
 
-    bool      is_supported(const llama_ubatch & ubatch) const;
+    bool      is_supported(const llama_ubatch & ubatch, std::vector<llama_pos> & last) const;
     bool      has_room(const llama_ubatch & ubatch) const;
     bool      fits(const std::vector<llama_ubatch> & ubatches);
     void      go_back(places & saved);
     slot_info find_cells(const llama_ubatch & ubatch) const;
     uint32_t  find_cell(llama_seq_id seq_id, std::vector<bool> & is_taken) const;
 
+    void     fill_cells(const slot_info & sinfo, const llama_ubatch & ubatch);
+    int32_t  find_page (const page_out & out, llama_seq_id seq_id) const;
     void     schedule_page_outs();
     void     schedule_page_outs(llama_seq_id seq_id);
     void     commit_page_outs();
@@ -207,6 +211,7 @@ private:
 
     int32_t  n_frames(int32_t il) const; // that a layer gets where tiers differ
 
+    uint32_t n_page_outs_pending() const;
     uint32_t n_page_outs_max() const { return n_seqs()*(n_ubatch/knobs.page_size + 2); } // of one step
 
     std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
@@ -230,6 +235,7 @@ private:
 
     monarch_page_pool               pool;
     std::vector<monarch_page_table> tables;
+    std::vector<monarch_page_bit>   cold_bits; // where a slot's token lies that another sequence has paged out
     std::vector<page_out>           pending;
 
     int32_t               mode = MONARCH_MODE_EXACT; // of the present step's last token: auto is resolved

@@ -10,8 +10,10 @@
 //
 
 void monarch_page_pool::init(uint32_t n_pages, uint32_t seed_new) {
-    refs.resize(n_pages);
+    free .resize(n_pages);
+    refs .resize(n_pages);
     masks.resize(n_pages);
+    takes.resize(n_pages);
     seed = seed_new;
 
     clear();
@@ -20,9 +22,9 @@ void monarch_page_pool::init(uint32_t n_pages, uint32_t seed_new) {
 void monarch_page_pool::clear() {
     const uint32_t n_pages = refs.size();
 
-    n_cold = 0;
+    n_cold      = 0;
+    n_free_left = n_pages;
 
-    free.resize(n_pages);
     for (uint32_t i = 0; i < n_pages; ++i) {
         free[i] = n_pages - 1 - i;
         refs[i] = 0;
@@ -34,17 +36,18 @@ void monarch_page_pool::clear() {
 }
 
 int32_t monarch_page_pool::get_free(uint32_t i) const {
-    return free[free.size() - 1 - i];
+    return free[n_free_left - 1 - i];
 }
 
 int32_t monarch_page_pool::take(uint32_t mask) {
     const int32_t page = get_free(0);
 
-    free.pop_back();
+    n_free_left--;
+    n_cold += monarch_mask_count(mask);
 
     refs [page] = 1;
     masks[page] = mask;
-    n_cold     += monarch_mask_count(mask);
+    takes[page]++;
 
     return page;
 }
@@ -56,8 +59,16 @@ void monarch_page_pool::share(int32_t page) {
 void monarch_page_pool::release(int32_t page) {
     if (--refs[page] == 0) {
         n_cold -= monarch_mask_count(masks[page]);
-        free.push_back(page);
+        free[n_free_left++] = page;
     }
+}
+
+monarch_page_bit monarch_page_pool::get_bit(int32_t page, int32_t bit) const {
+    return { page, bit, takes[page] };
+}
+
+bool monarch_page_pool::holds(const monarch_page_bit & bit) const {
+    return bit.page >= 0 && !is_free(bit.page) && takes[bit.page] == bit.take && (masks[bit.page] >> bit.bit & 1);
 }
 
 void monarch_page_pool::set_mask(int32_t page, uint32_t mask) {
@@ -102,8 +113,8 @@ int32_t monarch_page_table::begin() const {
 int32_t monarch_page_table::end() const {
     int32_t res = 0;
 
-    // a page may fill the hole of the one before
-    for (auto it = pages.rbegin(); it != pages.rend() && it->first_pos + 32 > res; ++it) {
+    // a page may fill the hole of one before, which then ends later
+    for (auto it = pages.rbegin(); it != pages.rend() && it->begin() + 32 > res; ++it) {
         res = std::max(res, it->end());
     }
     return res;
@@ -177,6 +188,10 @@ std::vector<int32_t> monarch_page_table::remove(monarch_page_pool & pool, int32_
     changed.insert(changed.end(), gone.begin(), gone.end());
 
     return changed;
+}
+
+bool monarch_page_table::has(int32_t phys) const {
+    return std::any_of(pages.begin(), pages.end(), [phys](const page & page) { return page.phys == phys; });
 }
 
 std::vector<monarch_page_table::page>::iterator monarch_page_table::find(int32_t phys, int32_t first_pos) {

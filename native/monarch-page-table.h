@@ -7,6 +7,14 @@
 #include <cstdint>
 #include <vector>
 
+// one token of a physical page, for as long as the page is not freed and taken again
+struct monarch_page_bit {
+    int32_t  page = -1;
+    int32_t  bit  = 0;
+    uint32_t take = 0;
+};
+
+// nothing is allocated after init()
 class monarch_page_pool {
 public:
     // seed: 0 hands out physical pages in ascending order, anything else in a shuffled one
@@ -17,8 +25,8 @@ public:
 
     // the physical page that the i-th next take() will return
     int32_t  get_free(uint32_t i) const;
-    uint32_t n_free()   const { return free.size(); }
-    uint32_t n_used()   const { return refs.size() - free.size(); }
+    uint32_t n_free()   const { return n_free_left; }
+    uint32_t n_used()   const { return refs.size() - n_free_left; }
     uint32_t n_tokens() const { return n_cold; } // of all pages; what is shared counts once
 
     int32_t take   (uint32_t mask);
@@ -29,13 +37,18 @@ public:
     uint32_t get_mask(int32_t page) const { return masks[page]; } // tokens that any table holds
     void     set_mask(int32_t page, uint32_t mask);
 
-private:
-    uint32_t seed   = 0;
-    uint32_t n_cold = 0;
+    monarch_page_bit get_bit(int32_t page, int32_t bit) const;
+    bool             holds(const monarch_page_bit & bit) const;
 
-    std::vector<int32_t>  free; // used from the back
-    std::vector<uint32_t> refs; // tables that hold a page
+private:
+    uint32_t seed        = 0;
+    uint32_t n_cold      = 0;
+    uint32_t n_free_left = 0;
+
+    std::vector<int32_t>  free;  // [0, n_free_left), used from the back
+    std::vector<uint32_t> refs;  // tables that hold a page
     std::vector<uint32_t> masks;
+    std::vector<uint32_t> takes; // how often it was taken
 };
 
 class monarch_page_table {
@@ -63,6 +76,8 @@ public:
 
     // the tokens that src has at [p0, p1), where this table holds nothing
     void share(monarch_page_pool & pool, const monarch_page_table & src, int32_t p0, int32_t p1);
+
+    bool has(int32_t phys) const;
 
     const std::vector<page> & get_pages() const { return pages; }
 

@@ -65,7 +65,8 @@ struct monarch_event {
 
 typedef void (*monarch_hook)(const struct monarch_event * event, void * user_data);
 
-// called after a step succeeded, on the thread that called llama_decode; may use the context as after llama_decode
+// called after a step succeeded, on the thread that called llama_decode, within it: may read and change memory and state, but must
+// not decode, and finds no outputs yet
 struct monarch_hooks {
     uint32_t     struct_size;
     monarch_hook on_page_out;

@@ -157,8 +157,10 @@ def fail_decode(model: str) -> dict:
 
 
 def live_context(model: str, n_seq_max: int = 1) -> child_logits.Context:
+    """Prompts of several ubatches are tried out on copies of the tables, which must have as much room."""
     ctx = new_context(model, n_seq_max)
-    assert ctx.decode(TOKENS[:200], 0)[0] == 0
+    assert ctx.decode(TOKENS[:110], 0)[0] == 0
+    assert ctx.decode(TOKENS[110:200], 110)[0] == 0
     for i in range(200, 220):
         assert ctx.decode(TOKENS[i : i + 1], i)[0] == 0
     return ctx

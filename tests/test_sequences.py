@@ -66,10 +66,12 @@ def arms(stock_bin: Path, patched_bin: Path, tmp_path_factory: pytest.TempPathFa
         server.close()
 
 
-def check_agreement(arms: dict[str, Server], ops: list[Op], kv_unified: bool = True, case: dict = CASE) -> dict:
+def check_agreement(
+    arms: dict[str, Server], ops: list[Op], kv_unified: bool = True, case: dict = CASE, env: dict = ENV
+) -> dict:
     """Upstream shares between sequences only in one stream, so that is what it always runs with."""
     want = arms["stock"].run(case | {"ops": ops, "kv_unified": True})
-    got = arms["paged"].run(case | {"ops": ops, "kv_unified": kv_unified, "env": ENV, "seed": len(ops)})
+    got = arms["paged"].run(case | {"ops": ops, "kv_unified": kv_unified, "env": env, "seed": len(ops)})
     for i, (a, b) in enumerate(zip(got["steps"], want["steps"], strict=True)):
         assert a["status"] == b["status"], (i, ops[i])
         assert (a["min"], a["max"]) == (b["min"], b["max"]), (i, ops[i])
@@ -227,6 +229,52 @@ def test_what_is_decoded_for_all_is_paged_out_once(arms: dict[str, Server]) -> N
     together = check_agreement(arms, [["decode", prompt(110, list(range(N_SEQS)))]])["stats"]
     alone = check_agreement(arms, [["decode", prompt(110, [0])]])["stats"]
     assert together["n_pages"] == alone["n_pages"] > 4 and together["n_cold"] == alone["n_cold"]
+
+
+def test_a_prefix_shared_while_hot_is_stored_once(arms: dict[str, Server]) -> None:
+    """Each sequence pages it out in a step of its own."""
+    ops = [["decode", prompt(36, [0])], *(["cp", 0, s, -1, -1] for s in range(1, N_SEQS))]
+    for s in range(N_SEQS):
+        ops += [["decode", prompt(40, [s], 36)], ["decode", prompt(20, [s], 76)]]
+    stats = check_agreement(arms, ops)["stats"]
+    assert stats["n_cold"] == (2 + 2 * N_SEQS) * 16 and stats["n_pages"] == stats["n_page_outs"] == 2 + 2 * N_SEQS
+
+
+@pytest.mark.parametrize("what_changes", [
+    [["rm", 0, -1, -1], ["decode", prompt(100, [2])]],  # the page is freed, and taken for other tokens
+    [["rm", 0, 8, 9]],
+    [["rm", 1, 4, 5]],
+    [["cp", 0, 1, 12, 30]],
+    [["cp", 1, 2, -1, -1], ["rm", 1, 20, -1], ["decode", prompt(9, [1], 20)]],
+    [["save", "all", -1], ["clear"], ["load", "all", -1]],
+])
+def test_a_prefix_shared_while_hot_may_change(arms: dict[str, Server], what_changes: list[Op]) -> None:
+    ops = [["decode", prompt(36, [0])], ["cp", 0, 1, -1, -1], ["decode", prompt(60, [0], 36)], *what_changes]
+    end = 29 if any(op[:2] == ["rm", 1] and op[2] == 20 for op in what_changes) else 36
+    ops += [["decode", prompt(60, [1], end)], ["decode", prompt(1, [1], end + 60)], ["rm", 1, 6, 20]]
+    check_agreement(arms, [*ops, ["decode", prompt(1, [1], end + 61)]])
+
+
+def test_a_long_page_that_begins_early_may_end_last(arms: dict[str, Server]) -> None:
+    """Copies of single tokens overlap by nearly two pages; the longest page is 32 tokens."""
+    env = ENV | {"MONARCH_PAGE_SIZE": "32", "MONARCH_HOT_WINDOW": "32", "MONARCH_SINK_TOKENS": "0"}
+    ops = [["decode", prompt(100, [0])], ["rm", 0, 0, 31], ["rm", 0, 32, -1]]
+    ops += [["decode", prompt(100, [1], 30)], ["decode", prompt(100, [2], 33)]]
+    ops += [["cp", 1, 0, 30, 31], ["cp", 1, 0, 61, 62], ["cp", 2, 0, 33, 34]]
+    check_agreement(arms, [*ops, ["decode", prompt(1, [0], 62)], ["rm", 0, 61, -1]], env=env)
+
+
+@pytest.mark.parametrize("groups", [
+    [prompt(1, [0]), prompt(1, [0])],
+    [prompt(40, [0]), prompt(40, [0])],  # the same position ends a ubatch and begins the next
+    [([0], 1 << 30, [3])],
+])
+def test_positions_that_no_page_could_hold_are_refused(arms: dict[str, Server], groups: list[Group]) -> None:
+    """Upstream takes them. A page has one token for each position, and a state's positions end at 2^30."""
+    assert arms["stock"].run(CASE | {"ops": [["decode", *groups]], "kv_unified": True})["steps"][0]["status"] == 0
+    ops = [["decode", *groups], ["decode", prompt(60, [0])]]
+    got = arms["paged"].run(CASE | {"ops": ops, "kv_unified": True, "env": ENV})["steps"]
+    assert [step["status"] for step in got] == [-2, 0] and got[0]["max"][0] == -1
 
 
 def test_a_copy_in_parts_lists_each_page_once(arms: dict[str, Server]) -> None:
