@@ -19,10 +19,8 @@ static monarch_op_params monarch_op_get_params(const ggml_tensor * dst) {
     return res;
 }
 
-static float monarch_table_get_float(const int32_t * table, int32_t field) {
-    float res;
-    memcpy(&res, table + field, sizeof(res));
-    return res;
+static int32_t * monarch_attend_get_table(const ggml_tensor * dst) {
+    return (int32_t *) dst->src[7]->data;
 }
 
 //
@@ -30,8 +28,6 @@ static float monarch_table_get_float(const int32_t * table, int32_t field) {
 //
 
 static monarch_attend monarch_attend_init(ggml_tensor * dst) {
-    const int32_t * table = (const int32_t *) dst->src[7]->data;
-
     monarch_attend res = {};
 
     res.op          = monarch_op_get_params(dst);
@@ -43,25 +39,21 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
     res.pool        = (const uint8_t *) dst->src[4]->data;
     res.summary     = (const uint8_t *) dst->src[5]->data;
     res.state       = (char *)          dst->src[6]->data;
+    res.policy      = monarch_policy_from_table(monarch_attend_get_table(dst), res.op.dense);
     res.n_pages_max = dst->src[4]->ne[1];
     res.n_head_kv   = res.k->ne[1];
     res.n_gqa       = res.q->ne[1]/res.n_head_kv;
     res.n_block     = monarch_attend_block_size(res.n_gqa, res.q->ne[2]);
-
-    res.policy.n_budget            = table[res.op.dense ? MONARCH_TABLE_DENSE_PAGES : MONARCH_TABLE_PROMOTE_PAGES];
-    res.policy.promotion_threshold = monarch_table_get_float(table, MONARCH_TABLE_PROMOTION_THRESHOLD);
-    res.policy.sticky_threshold    = table[MONARCH_TABLE_STICKY_THRESHOLD];
-    res.policy.importance_decay    = monarch_table_get_float(table, MONARCH_TABLE_IMPORTANCE_DECAY);
 
     return res;
 }
 
 // the same for one run
 static monarch_attend monarch_attend_get_run(const monarch_attend & attend, const ggml_tensor * dst, int32_t i) {
-    const int32_t * table = (const int32_t *) dst->src[7]->data;
+    int32_t * table = monarch_attend_get_table(dst);
 
-    const monarch_table_run   * run   = (const monarch_table_run *) (table + MONARCH_TABLE_HEADER) + i;
-    const monarch_table_entry * pages = (const monarch_table_entry *) (table + monarch_table_head_size(table[MONARCH_TABLE_N_RUNS_MAX]));
+    const monarch_table_run   * run   = monarch_table_get_runs (table) + i;
+    const monarch_table_entry * pages = monarch_table_get_pages(table);
 
     monarch_attend res = attend;
 
@@ -77,7 +69,7 @@ static monarch_attend monarch_attend_get_run(const monarch_attend & attend, cons
 }
 
 static int32_t monarch_attend_n_runs(const ggml_tensor * dst) {
-    return ((const int32_t *) dst->src[7]->data)[MONARCH_TABLE_N_RUNS];
+    return monarch_attend_get_table(dst)[MONARCH_TABLE_N_RUNS];
 }
 
 static bool monarch_attend_has_one_block(const monarch_attend & attend, const ggml_tensor * dst) {
@@ -243,7 +235,7 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
 
     std::fill(count, count + attend.n_head_kv, monarch_attend_count{});
 
-    monarch_attend_apply_logs(params, attend, (const int32_t *) dst->src[7]->data);
+    monarch_attend_apply_logs(params, attend, monarch_attend_get_table(dst));
 
     uint64_t score_us;
 

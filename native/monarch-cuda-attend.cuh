@@ -39,7 +39,7 @@ struct monarch_cuda_attend {
     const uint8_t            * summary;
     char                     * state;
     char                     * frames; // null: none
-    const int32_t            * table;
+    int32_t                  * table;
     int32_t                    n_head_kv;
     int32_t                    n_gqa;
     int32_t                    n_tokens;
@@ -88,8 +88,8 @@ struct monarch_cuda_group {
 
 // blocks are those of the first run, then those of the next
 MONARCH_DEVICE monarch_cuda_group monarch_group_get(const monarch_cuda_attend & a, int32_t i) {
-    const monarch_table_run   * runs  = (const monarch_table_run *) (a.table + MONARCH_TABLE_HEADER);
-    const monarch_table_entry * pages = (const monarch_table_entry *) (a.table + monarch_table_head_size(a.table[MONARCH_TABLE_N_RUNS_MAX]));
+    const monarch_table_run   * runs  = monarch_table_get_runs (a.table);
+    const monarch_table_entry * pages = monarch_table_get_pages(a.table);
 
     monarch_cuda_group res = {};
 
@@ -139,26 +139,9 @@ MONARCH_DEVICE size_t monarch_part_index(const monarch_cuda_attend & a, const mo
     return monarch_row_index(a, group, row)*(a.n_hot + a.n_cold) + part;
 }
 
-MONARCH_DEVICE float monarch_bits_to_float(int32_t bits) {
-    float res;
-    memcpy(&res, &bits, sizeof(res));
-    return res;
-}
-
 MONARCH_DEVICE uint32_t monarch_float_to_bits(float x) {
     uint32_t res;
     memcpy(&res, &x, sizeof(res));
-    return res;
-}
-
-MONARCH_DEVICE monarch_policy monarch_policy_get(const monarch_cuda_attend & a) {
-    monarch_policy res;
-
-    res.n_budget            = a.table[a.op.dense ? MONARCH_TABLE_DENSE_PAGES : MONARCH_TABLE_PROMOTE_PAGES];
-    res.promotion_threshold = monarch_bits_to_float(a.table[MONARCH_TABLE_PROMOTION_THRESHOLD]);
-    res.sticky_threshold    = a.table[MONARCH_TABLE_STICKY_THRESHOLD];
-    res.importance_decay    = monarch_bits_to_float(a.table[MONARCH_TABLE_IMPORTANCE_DECAY]);
-
     return res;
 }
 

@@ -176,7 +176,7 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
         return;
     }
 
-    const monarch_policy        policy = monarch_policy_get(a);
+    const monarch_policy        policy = monarch_policy_from_table(a.table, a.op.dense);
     const monarch_table_entry * table  = group.table;
 
     monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
@@ -284,7 +284,7 @@ MONARCH_KERNEL monarch_estimate_rest(const monarch_cuda_attend a) {
 
 // the log of the last step that succeeded; grid: KV heads
 MONARCH_KERNEL monarch_apply_log(const monarch_cuda_attend a) {
-    const monarch_policy policy = monarch_policy_get(a);
+    const monarch_policy policy = monarch_policy_from_table(a.table, a.op.dense);
 
     monarch_head_state      * head = monarch_state_head(a.state, a.n_pages_max, blockIdx.x);
     const monarch_log_entry * log  = monarch_head_state_log(head);
@@ -343,7 +343,7 @@ MONARCH_DEVICE monarch_log_entry * monarch_log_find(monarch_log_entry * log, int
 MONARCH_DEVICE void monarch_write_group_log(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t * sums) {
     monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
 
-    const monarch_policy  policy   = monarch_policy_get(a);
+    const monarch_policy  policy   = monarch_policy_from_table(a.table, a.op.dense);
     const int32_t         n_pages  = group.n_pages;
     const int32_t         n_chosen = a.n_chosen[group.i];
     const int32_t         n_before = head->n_log;

@@ -157,7 +157,7 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
     a.pool    = (const uint8_t *) dst->src[4]->data;
     a.summary = (const uint8_t *) dst->src[5]->data;
     a.state   = (char *)          dst->src[6]->data;
-    a.table   = (const int32_t *) dst->src[7]->data;
+    a.table   = (int32_t *)       dst->src[7]->data;
     a.frames  = dst->src[8] ? (char *) dst->src[8]->data : nullptr;
 
     const int32_t head_dim     = a.op.codec.head_dim;

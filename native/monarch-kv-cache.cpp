@@ -1046,8 +1046,8 @@ void monarch_kv_cache::set_input_table(ggml_tensor * dst, const llama_ubatch & u
     memcpy(data + MONARCH_TABLE_PROMOTION_THRESHOLD, &knobs.promotion_threshold, sizeof(float));
     memcpy(data + MONARCH_TABLE_IMPORTANCE_DECAY,    &knobs.importance_decay,    sizeof(float));
 
-    monarch_table_run   * runs  = (monarch_table_run *) (data + MONARCH_TABLE_HEADER);
-    monarch_table_entry * pages = (monarch_table_entry *) (data + monarch_table_head_size(n_ubatch));
+    monarch_table_run   * runs  = monarch_table_get_runs (data);
+    monarch_table_entry * pages = monarch_table_get_pages(data);
 
     std::vector<monarch_table_run> last(n_seqs()); // of each sequence
 

@@ -8,7 +8,7 @@
 //   summary   I8  [group_size, n_pages/16, n_head_kv] page summaries in groups of 16 pages, monarch-summary.h
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
 //   frames    I8  [...]                               copies of promoted pages, monarch-frames.h; null: the pool is as near
-//   table     I32 [...]                               input: the step's knobs, its runs, then (physical page, token mask) per cold page
+//   table     I32 [...]                               input: the step's knobs, its runs and its cold pages, monarch-table.h
 //   page_outs I32 [1 + n_max*(2 + page_size)]         input: count, then (physical page, token mask, ring slots) per page to encode
 
 #include "ggml.h"
@@ -35,41 +35,10 @@ struct monarch_op_params {
     int32_t              n_frames; // per KV head of this layer
 };
 
-// header of the table input; floats are stored as their bits
-enum monarch_table_field {
-    MONARCH_TABLE_N_RUNS,
-    MONARCH_TABLE_N_RUNS_MAX,          // room for them after the header; the pages follow
-    MONARCH_TABLE_PROMOTE_PAGES,
-    MONARCH_TABLE_DENSE_PAGES,
-    MONARCH_TABLE_PROMOTION_THRESHOLD, // float
-    MONARCH_TABLE_STICKY_THRESHOLD,
-    MONARCH_TABLE_IMPORTANCE_DECAY,    // float
-    MONARCH_TABLE_STEP,                // this step
-    MONARCH_TABLE_COMMITTED,           // the last step that succeeded
-    MONARCH_TABLE_HEADER = 16,
-};
-
 // queries that share one choice of pages: about 64 rows
 MONARCH_HD static inline int64_t monarch_attend_block_size(int64_t n_gqa, int64_t n_tokens) {
     const int64_t n = 64/n_gqa < n_tokens ? 64/n_gqa : n_tokens;
     return n > 1 ? n : 1;
-}
-
-// consecutive tokens of a ubatch that belong to one sequence
-struct monarch_table_run {
-    int32_t seq;
-    int32_t i_token;    // the first
-    int32_t n_tokens;
-    int32_t is_last;    // the sequence's last run of this step
-    int32_t mode;       // window, paged or exact: auto is resolved
-    int32_t first_page; // of the sequence, in the list of pages
-    int32_t n_pages;
-    int32_t reserved;
-};
-
-// elements before the list of pages
-MONARCH_HD static inline int64_t monarch_table_head_size(int64_t n_runs_max) {
-    return MONARCH_TABLE_HEADER + n_runs_max*(int64_t) (sizeof(struct monarch_table_run)/sizeof(int32_t));
 }
 
 // byte offset of a physical page's block of one KV head in the pool

@@ -1,6 +1,6 @@
 #include "monarch-page-table.h"
 
-#include "monarch-policy.h"
+#include "monarch-table.h"
 
 #include <algorithm>
 #include <random>

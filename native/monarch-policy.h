@@ -3,6 +3,7 @@
 // Which cold pages take part in attention, per layer and KV head: threshold, budget and sticky pages.
 
 #include "monarch-state.h"
+#include "monarch-table.h"
 
 #include <stdint.h>
 
@@ -13,18 +14,16 @@ struct monarch_policy {
     float   importance_decay;    // importance: decayed average of the attention that a sticky page got
 };
 
-// one entry of the page table as the op sees it
-struct monarch_table_entry {
-    int32_t  page; // physical
-    uint32_t mask; // valid tokens
-};
+// table: the op's; dense: of a layer that promotes dense_tokens
+MONARCH_HD static inline struct monarch_policy monarch_policy_from_table(const int32_t * table, int32_t dense) {
+    struct monarch_policy res;
 
-// tokens of a page that are valid
-MONARCH_HD static inline int32_t monarch_mask_count(uint32_t mask) {
-    mask -= mask >> 1 & 0x55555555;
-    mask  = (mask & 0x33333333) + (mask >> 2 & 0x33333333);
-    mask  = (mask + (mask >> 4)) & 0x0f0f0f0f;
-    return (mask*0x01010101) >> 24;
+    res.n_budget            = table[dense ? MONARCH_TABLE_DENSE_PAGES : MONARCH_TABLE_PROMOTE_PAGES];
+    res.promotion_threshold = monarch_table_get_float(table, MONARCH_TABLE_PROMOTION_THRESHOLD);
+    res.sticky_threshold    = table[MONARCH_TABLE_STICKY_THRESHOLD];
+    res.importance_decay    = monarch_table_get_float(table, MONARCH_TABLE_IMPORTANCE_DECAY);
+
+    return res;
 }
 
 //

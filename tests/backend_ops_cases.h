@@ -4,8 +4,8 @@
 #include "monarch-enums.h"
 #include "monarch-op.h"
 #include "monarch-page.h"
-#include "monarch-policy.h"
 #include "monarch-state.h"
+#include "monarch-table.h"
 
 #include <random>
 
@@ -151,8 +151,8 @@ struct test_monarch_attend : public test_monarch {
         res[MONARCH_TABLE_DENSE_PAGES]   = MONARCH_N_PAGES;
         res[MONARCH_TABLE_STEP]          = 1;
 
-        monarch_table_run   * runs  = (monarch_table_run *) (res.data() + MONARCH_TABLE_HEADER);
-        monarch_table_entry * pages = (monarch_table_entry *) (res.data() + monarch_table_head_size(n_runs));
+        monarch_table_run   * runs  = monarch_table_get_runs (res.data());
+        monarch_table_entry * pages = monarch_table_get_pages(res.data());
 
         for (int32_t i = 0; i < n_runs; ++i) {
             const int32_t first = i*(n_tokens/2);

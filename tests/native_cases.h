@@ -5,8 +5,8 @@
 #include "monarch-cpu.h"
 #include "monarch-enums.h"
 #include "monarch-op.h"
-#include "monarch-policy.h"
 #include "monarch-state.h"
+#include "monarch-table.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
@@ -167,9 +167,9 @@ static void table_fill(const test_case & c, int64_t n_pages_max, int32_t * table
     table[MONARCH_TABLE_DENSE_PAGES]    = c.n_promote;
     table[MONARCH_TABLE_STEP]           = 1;
 
-    *(monarch_table_run *) (table + MONARCH_TABLE_HEADER) = { 0, 0, c.n_tokens, 1, c.mode, 0, c.n_pages, 0 };
+    *monarch_table_get_runs(table) = { 0, 0, c.n_tokens, 1, c.mode, 0, c.n_pages, 0 };
 
-    monarch_table_entry * entries = (monarch_table_entry *) (table + monarch_table_head_size(1));
+    monarch_table_entry * entries = monarch_table_get_pages(table);
 
     const uint32_t all = c.page_size == 32 ? 0xffffffff : (1u << c.page_size) - 1;
 

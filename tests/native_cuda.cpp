@@ -217,15 +217,15 @@ static const int32_t MAX_RUNS = 4;
 static void runs_fill(const cuda_case & cc, int32_t * table) {
     const test_case & c = cc.base;
 
-    const monarch_table_entry * from = (const monarch_table_entry *) (table + monarch_table_head_size(1));
+    const monarch_table_entry * from = monarch_table_get_pages(table); // as table_fill() left it
 
     const std::vector<monarch_table_entry> pages(from, from + c.n_pages);
 
-    monarch_table_run   * runs = (monarch_table_run   *) (table + MONARCH_TABLE_HEADER);
-    monarch_table_entry * list = (monarch_table_entry *) (table + monarch_table_head_size(MAX_RUNS));
-
     table[MONARCH_TABLE_N_RUNS]     = cc.n_runs;
     table[MONARCH_TABLE_N_RUNS_MAX] = MAX_RUNS;
+
+    monarch_table_run   * runs = monarch_table_get_runs (table);
+    monarch_table_entry * list = monarch_table_get_pages(table);
 
     for (int32_t i = 0; i < cc.n_runs; ++i) {
         const bool    again   = i > 0 && i == cc.n_runs - 1;

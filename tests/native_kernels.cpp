@@ -14,8 +14,8 @@ static bool test_case_read(test_case * c, int32_t * q_zero, int32_t * faint, int
 }
 
 // in the order of the table; 0: not promoted, or promoted without being estimated
-static std::vector<float> get_estimates(const test_case & c, int64_t n_pages_max, void * state, const int32_t * table) {
-    const monarch_table_entry * entries = (const monarch_table_entry *) (table + monarch_table_head_size(1));
+static std::vector<float> get_estimates(const test_case & c, int64_t n_pages_max, void * state, int32_t * table) {
+    const monarch_table_entry * entries = monarch_table_get_pages(table);
 
     std::vector<float> res;
     for (int64_t h = 0; h < n_head_kv; ++h) {
@@ -118,7 +118,7 @@ static void test_case_run(const test_case & c, int32_t q_zero, int32_t faint, in
     fprintf(stderr, "%lld\n", (long long) best);
     fwrite(dst.data.data(), 1, dst.data.size(), stdout);
 
-    const std::vector<float> estimates = get_estimates(c, n_pages_max, state.tensor.data, (const int32_t *) table.tensor.data);
+    const std::vector<float> estimates = get_estimates(c, n_pages_max, state.tensor.data, (int32_t *) table.tensor.data);
     fwrite(estimates.data(), sizeof(float), estimates.size(), stdout);
 }
 
