@@ -20,7 +20,7 @@ static monarch_op_params monarch_op_get_params(const ggml_tensor * dst) {
 }
 
 static int32_t * monarch_attend_get_table(const ggml_tensor * dst) {
-    return (int32_t *) dst->src[7]->data;
+    return (int32_t *) dst->src[MONARCH_ATTEND_TABLE]->data;
 }
 
 //
@@ -31,16 +31,16 @@ static monarch_attend monarch_attend_init(ggml_tensor * dst) {
     monarch_attend res = {};
 
     res.op          = monarch_op_get_params(dst);
-    res.q           = dst->src[0];
-    res.k           = dst->src[1];
-    res.v           = dst->src[2];
-    res.mask        = dst->src[3];
+    res.q           = dst->src[MONARCH_ATTEND_Q];
+    res.k           = dst->src[MONARCH_ATTEND_K];
+    res.v           = dst->src[MONARCH_ATTEND_V];
+    res.mask        = dst->src[MONARCH_ATTEND_MASK];
     res.dst         = dst;
-    res.pool        = (const uint8_t *) dst->src[4]->data;
-    res.summary     = (const uint8_t *) dst->src[5]->data;
-    res.state       = (char *)          dst->src[6]->data;
+    res.pool        = (const uint8_t *) dst->src[MONARCH_ATTEND_POOL]->data;
+    res.summary     = (const uint8_t *) dst->src[MONARCH_ATTEND_SUMMARY]->data;
+    res.state       = (char *)          dst->src[MONARCH_ATTEND_STATE]->data;
     res.policy      = monarch_policy_from_table(monarch_attend_get_table(dst), res.op.dense);
-    res.n_pages_max = dst->src[4]->ne[1];
+    res.n_pages_max = dst->src[MONARCH_ATTEND_POOL]->ne[1];
     res.n_head_kv   = res.k->ne[1];
     res.n_gqa       = res.q->ne[1]/res.n_head_kv;
     res.n_block     = monarch_attend_block_size(res.n_gqa, res.q->ne[2]);
@@ -78,16 +78,16 @@ static bool monarch_attend_has_one_block(const monarch_attend & attend, const gg
 
 // scratch of one block or of one part
 static size_t monarch_attend_scratch_size(const ggml_tensor * dst) {
-    const int64_t n_gqa = dst->src[0]->ne[1]/dst->src[1]->ne[1];
+    const ggml_tensor * q = dst->src[MONARCH_ATTEND_Q];
 
-    return monarch_attend_work_size(dst->src[0]->ne[0], n_gqa, dst->src[0]->ne[2], dst->src[4]->ne[1]);
+    return monarch_attend_work_size(q->ne[0], q->ne[1]/dst->src[MONARCH_ATTEND_K]->ne[1], q->ne[2], dst->src[MONARCH_ATTEND_POOL]->ne[1]);
 }
 
 // parts that a KV head's only block is cut into, so that every thread has as much to do
 static int64_t monarch_attend_n_parts(const ggml_tensor * dst, int64_t n_tasks) {
-    const int64_t n_head_kv = dst->src[1]->ne[1];
-    const int64_t n_gqa     = dst->src[0]->ne[1]/n_head_kv;
-    const int64_t n_tokens  = dst->src[0]->ne[2];
+    const int64_t n_head_kv = dst->src[MONARCH_ATTEND_K]->ne[1];
+    const int64_t n_gqa     = dst->src[MONARCH_ATTEND_Q]->ne[1]/n_head_kv;
+    const int64_t n_tokens  = dst->src[MONARCH_ATTEND_Q]->ne[2];
 
     if (n_tokens > monarch_attend_block_size(n_gqa, n_tokens) || n_head_kv % n_tasks == 0) {
         return 1;
@@ -102,7 +102,7 @@ static char * monarch_work_align(void * data) {
 
 // [n_tasks][n_head_kv] counters, [n_head_kv] locks
 static size_t monarch_attend_counts_size(const ggml_tensor * dst, int64_t n_tasks) {
-    return GGML_PAD((n_tasks*sizeof(monarch_attend_count) + sizeof(std::atomic_flag))*dst->src[1]->ne[1], MONARCH_WORK_ALIGNMENT);
+    return GGML_PAD((n_tasks*sizeof(monarch_attend_count) + sizeof(std::atomic_flag))*dst->src[MONARCH_ATTEND_K]->ne[1], MONARCH_WORK_ALIGNMENT);
 }
 
 // fewer threads may have come than the scratch was planned for, and several sequences
@@ -111,7 +111,7 @@ static int64_t monarch_attend_fit_parts(const ggml_compute_params * params, cons
         return 1;
     }
 
-    const int64_t n_head_kv = dst->src[1]->ne[1];
+    const int64_t n_head_kv = dst->src[MONARCH_ATTEND_K]->ne[1];
     const int64_t n_bytes   = params->wsize - MONARCH_WORK_ALIGNMENT - monarch_attend_counts_size(dst, params->nth);
     const int64_t n_fit     = n_bytes/(int64_t) monarch_attend_scratch_size(dst)/n_head_kv;
 
@@ -277,13 +277,13 @@ static void monarch_page_out_read(const ggml_tensor * t, int64_t head_kv, const 
 }
 
 static void monarch_page_out_forward(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * pool    = dst->src[0];
-    const ggml_tensor * k       = dst->src[1];
-    const ggml_tensor * v       = dst->src[2];
-    const ggml_tensor * summary = dst->src[3];
-    const ggml_tensor * state   = dst->src[4];
+    const ggml_tensor * pool    = dst->src[MONARCH_PAGE_OUT_POOL];
+    const ggml_tensor * k       = dst->src[MONARCH_PAGE_OUT_K];
+    const ggml_tensor * v       = dst->src[MONARCH_PAGE_OUT_V];
+    const ggml_tensor * summary = dst->src[MONARCH_PAGE_OUT_SUMMARY];
+    const ggml_tensor * state   = dst->src[MONARCH_PAGE_OUT_STATE];
 
-    const int32_t * page_outs = (const int32_t *) dst->src[5]->data;
+    const int32_t * page_outs = (const int32_t *) dst->src[MONARCH_PAGE_OUT_PAGES]->data;
     const int32_t   n_outs    = page_outs[0];
 
     if (n_outs == 0) {
@@ -346,7 +346,7 @@ size_t ggml_compute_forward_monarch_work_size(const ggml_tensor * dst, int n_tas
     }
 
     const int64_t n_parts   = monarch_attend_n_parts(dst, n_tasks);
-    const int64_t n_scratch = n_parts == 1 ? n_tasks : dst->src[1]->ne[1]*n_parts;
+    const int64_t n_scratch = n_parts == 1 ? n_tasks : dst->src[MONARCH_ATTEND_K]->ne[1]*n_parts;
 
     return MONARCH_WORK_ALIGNMENT + monarch_attend_counts_size(dst, n_tasks) + n_scratch*monarch_attend_scratch_size(dst);
 }

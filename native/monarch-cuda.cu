@@ -7,12 +7,12 @@
 bool monarch_cuda_supports_op(const ggml_tensor * dst) {
     const monarch_op_params op = monarch_cuda_get_params(dst);
 
-    if (!monarch_cuda_codec_is_supported(op.codec) || !monarch_cuda_type_is_supported(dst->src[1]) || !monarch_cuda_type_is_supported(dst->src[2])) {
+    if (!monarch_cuda_codec_is_supported(op.codec)) {
         return false;
     }
     switch (op.kind) {
-        case MONARCH_OP_ATTEND:   return dst->src[0]->nb[0] == sizeof(float) && monarch_cuda_type_is_supported(dst->src[3]);
-        case MONARCH_OP_PAGE_OUT: return true;
+        case MONARCH_OP_ATTEND:   return monarch_cuda_attend_is_supported  (dst);
+        case MONARCH_OP_PAGE_OUT: return monarch_cuda_page_out_is_supported(dst);
         default:                  return false;
     }
 }

@@ -23,9 +23,14 @@ static monarch_op_params monarch_cuda_get_params(const ggml_tensor * dst) {
     return res;
 }
 
-static monarch_cuda_matrix monarch_cuda_get_matrix(const ggml_tensor * t, size_t nb1, size_t nb2) {
-    const monarch_cuda_matrix res = { (const char *) t->data, (int32_t) t->type, nb1, nb2 };
+static monarch_cuda_matrix monarch_cuda_get_matrix(const ggml_tensor * t) {
+    const monarch_cuda_matrix res = { (const char *) t->data, (int32_t) t->type, t->nb[1], t->nb[2] };
     return res;
+}
+
+// null: none
+static char * monarch_cuda_get_frames(const ggml_tensor * t) {
+    return t ? (char *) t->data : nullptr;
 }
 
 static char * monarch_cuda_take(char ** ptr, size_t size) {
@@ -71,8 +76,8 @@ static int32_t monarch_cuda_row_tile(int32_t n_rows) {
 
 // parts and launches, from shapes alone
 static monarch_cuda_attend monarch_cuda_plan(const ggml_tensor * dst, int32_t n_sm) {
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * q = dst->src[MONARCH_ATTEND_Q];
+    const ggml_tensor * k = dst->src[MONARCH_ATTEND_K];
 
     monarch_cuda_attend a = {};
 
@@ -81,7 +86,7 @@ static monarch_cuda_attend monarch_cuda_plan(const ggml_tensor * dst, int32_t n_
     a.n_gqa       = (int32_t) (q->ne[1]/k->ne[1]);
     a.n_tokens    = (int32_t) q->ne[2];
     a.n_kv        = (int32_t) k->ne[2];
-    a.n_pages_max = (int32_t) dst->src[4]->ne[1];
+    a.n_pages_max = (int32_t) dst->src[MONARCH_ATTEND_POOL]->ne[1];
     a.n_block     = (int32_t) monarch_attend_block_size(a.n_gqa, a.n_tokens);
     a.n_rows      = a.n_block*a.n_gqa;
 
@@ -149,16 +154,16 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
 
     monarch_cuda_take_scratch(a, (char *) work);
 
-    a.q       = monarch_cuda_get_matrix(dst->src[0], dst->src[0]->nb[1], dst->src[0]->nb[2]);
-    a.k       = monarch_cuda_get_matrix(dst->src[1], dst->src[1]->nb[1], dst->src[1]->nb[2]);
-    a.v       = monarch_cuda_get_matrix(dst->src[2], dst->src[2]->nb[1], dst->src[2]->nb[2]);
-    a.mask    = monarch_cuda_get_matrix(dst->src[3], dst->src[3]->nb[1], 0);
-    a.dst     = monarch_cuda_get_matrix(dst, dst->nb[1], dst->nb[2]);
-    a.pool    = (const uint8_t *) dst->src[4]->data;
-    a.summary = (const uint8_t *) dst->src[5]->data;
-    a.state   = (char *)          dst->src[6]->data;
-    a.table   = (int32_t *)       dst->src[7]->data;
-    a.frames  = dst->src[8] ? (char *) dst->src[8]->data : nullptr;
+    a.q       = monarch_cuda_get_matrix(dst->src[MONARCH_ATTEND_Q]);
+    a.k       = monarch_cuda_get_matrix(dst->src[MONARCH_ATTEND_K]);
+    a.v       = monarch_cuda_get_matrix(dst->src[MONARCH_ATTEND_V]);
+    a.mask    = monarch_cuda_get_matrix(dst->src[MONARCH_ATTEND_MASK]);
+    a.dst     = monarch_cuda_get_matrix(dst);
+    a.pool    = (const uint8_t *) dst->src[MONARCH_ATTEND_POOL]->data;
+    a.summary = (const uint8_t *) dst->src[MONARCH_ATTEND_SUMMARY]->data;
+    a.state   = (char *)          dst->src[MONARCH_ATTEND_STATE]->data;
+    a.table   = (int32_t *)       dst->src[MONARCH_ATTEND_TABLE]->data;
+    a.frames  = monarch_cuda_get_frames(dst->src[MONARCH_ATTEND_FRAMES]);
 
     const int32_t head_dim     = a.op.codec.head_dim;
     // how many runs there are is not known here: at most one to a token; groups that are not there cost little
@@ -189,22 +194,20 @@ static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * 
 }
 
 static void monarch_cuda_forward_page_out(ggml_tensor * dst, cudaStream_t stream) {
-    const ggml_tensor * k         = dst->src[1];
-    const ggml_tensor * v         = dst->src[2];
-    const ggml_tensor * page_outs = dst->src[5];
+    const ggml_tensor * page_outs = dst->src[MONARCH_PAGE_OUT_PAGES];
 
     monarch_cuda_page_out a = {};
 
     a.op          = monarch_cuda_get_params(dst);
-    a.k           = monarch_cuda_get_matrix(k, k->nb[1], k->nb[2]);
-    a.v           = monarch_cuda_get_matrix(v, v->nb[1], v->nb[2]);
-    a.pool        = (uint8_t *)       dst->src[0]->data;
-    a.summary     = (uint8_t *)       dst->src[3]->data;
-    a.state       = (char *)          dst->src[4]->data;
+    a.k           = monarch_cuda_get_matrix(dst->src[MONARCH_PAGE_OUT_K]);
+    a.v           = monarch_cuda_get_matrix(dst->src[MONARCH_PAGE_OUT_V]);
+    a.pool        = (uint8_t *)       dst->src[MONARCH_PAGE_OUT_POOL]->data;
+    a.summary     = (uint8_t *)       dst->src[MONARCH_PAGE_OUT_SUMMARY]->data;
+    a.state       = (char *)          dst->src[MONARCH_PAGE_OUT_STATE]->data;
     a.page_outs   = (const int32_t *) page_outs->data;
-    a.frames      = dst->src[6] ? (char *) dst->src[6]->data : nullptr;
-    a.n_head_kv   = (int32_t) k->ne[1];
-    a.n_pages_max = (int32_t) dst->src[0]->ne[1];
+    a.frames      = monarch_cuda_get_frames(dst->src[MONARCH_PAGE_OUT_FRAMES]);
+    a.n_head_kv   = (int32_t) dst->src[MONARCH_PAGE_OUT_K]->ne[1];
+    a.n_pages_max = (int32_t) dst->src[MONARCH_PAGE_OUT_POOL]->ne[1];
     a.n_outs_max  = (int32_t) ((page_outs->ne[0] - 1)/(2 + a.op.codec.page_size));
 
     const dim3 grid(a.n_outs_max, a.n_head_kv);
@@ -218,6 +221,15 @@ static void monarch_cuda_forward_page_out(ggml_tensor * dst, cudaStream_t stream
 
 static bool monarch_cuda_type_is_supported(const ggml_tensor * t) {
     return (t->type == GGML_TYPE_F16 && t->nb[0] == 2) || (t->type == GGML_TYPE_F32 && t->nb[0] == 4);
+}
+
+static bool monarch_cuda_attend_is_supported(const ggml_tensor * dst) {
+    return dst->src[MONARCH_ATTEND_Q]->nb[0] == sizeof(float) && monarch_cuda_type_is_supported(dst->src[MONARCH_ATTEND_MASK]) &&
+        monarch_cuda_type_is_supported(dst->src[MONARCH_ATTEND_K]) && monarch_cuda_type_is_supported(dst->src[MONARCH_ATTEND_V]);
+}
+
+static bool monarch_cuda_page_out_is_supported(const ggml_tensor * dst) {
+    return monarch_cuda_type_is_supported(dst->src[MONARCH_PAGE_OUT_K]) && monarch_cuda_type_is_supported(dst->src[MONARCH_PAGE_OUT_V]);
 }
 
 static bool monarch_cuda_bits_are_supported(int32_t bits) {

@@ -34,15 +34,15 @@ struct ggml_tensor * ggml_monarch_attend(
 
     monarch_op_set_params(result, params, MONARCH_OP_ATTEND);
 
-    result->src[0] = q;
-    result->src[1] = k;
-    result->src[2] = v;
-    result->src[3] = mask;
-    result->src[4] = pool;
-    result->src[5] = summary;
-    result->src[6] = state;
-    result->src[7] = table;
-    result->src[8] = frames;
+    result->src[MONARCH_ATTEND_Q]       = q;
+    result->src[MONARCH_ATTEND_K]       = k;
+    result->src[MONARCH_ATTEND_V]       = v;
+    result->src[MONARCH_ATTEND_MASK]    = mask;
+    result->src[MONARCH_ATTEND_POOL]    = pool;
+    result->src[MONARCH_ATTEND_SUMMARY] = summary;
+    result->src[MONARCH_ATTEND_STATE]   = state;
+    result->src[MONARCH_ATTEND_TABLE]   = table;
+    result->src[MONARCH_ATTEND_FRAMES]  = frames;
 
     return result;
 }
@@ -61,13 +61,13 @@ struct ggml_tensor * ggml_monarch_page_out(
 
     monarch_op_set_params(result, params, MONARCH_OP_PAGE_OUT);
 
-    result->src[0] = pool;
-    result->src[1] = k;
-    result->src[2] = v;
-    result->src[3] = summary;
-    result->src[4] = state;
-    result->src[5] = page_outs;
-    result->src[6] = frames;
+    result->src[MONARCH_PAGE_OUT_POOL]    = pool;
+    result->src[MONARCH_PAGE_OUT_K]       = k;
+    result->src[MONARCH_PAGE_OUT_V]       = v;
+    result->src[MONARCH_PAGE_OUT_SUMMARY] = summary;
+    result->src[MONARCH_PAGE_OUT_STATE]   = state;
+    result->src[MONARCH_PAGE_OUT_PAGES]   = page_outs;
+    result->src[MONARCH_PAGE_OUT_FRAMES]  = frames;
 
     return result;
 }
@@ -76,5 +76,5 @@ const struct ggml_tensor * ggml_monarch_get_store(const struct ggml_tensor * dst
     struct monarch_op_params params;
     memcpy(&params, dst->op_params, sizeof(params));
 
-    return params.kind == MONARCH_OP_ATTEND ? dst->src[4] : dst->src[0];
+    return params.kind == MONARCH_OP_ATTEND ? dst->src[MONARCH_ATTEND_POOL] : dst->src[MONARCH_PAGE_OUT_POOL];
 }

@@ -51,6 +51,29 @@ MONARCH_HD static inline size_t monarch_summary_offset(int32_t head_dim, int64_t
     return (head_kv*n_pages + page/MONARCH_SUMMARY_GROUP*MONARCH_SUMMARY_GROUP)*monarch_summary_size(head_dim);
 }
 
+// what the op reads and writes, as sources of its node
+enum monarch_attend_src {
+    MONARCH_ATTEND_Q,
+    MONARCH_ATTEND_K,
+    MONARCH_ATTEND_V,
+    MONARCH_ATTEND_MASK,
+    MONARCH_ATTEND_POOL,
+    MONARCH_ATTEND_SUMMARY,
+    MONARCH_ATTEND_STATE,
+    MONARCH_ATTEND_TABLE,
+    MONARCH_ATTEND_FRAMES,
+};
+
+enum monarch_page_out_src {
+    MONARCH_PAGE_OUT_POOL, // the first: the result is a view of it
+    MONARCH_PAGE_OUT_K,
+    MONARCH_PAGE_OUT_V,
+    MONARCH_PAGE_OUT_SUMMARY,
+    MONARCH_PAGE_OUT_STATE,
+    MONARCH_PAGE_OUT_PAGES,
+    MONARCH_PAGE_OUT_FRAMES,
+};
+
 // q: F32 [head_dim, n_head, n_tokens]; k, v: ring views [head_dim, n_head_kv, n_kv]; mask: F16 or F32 [n_kv, n_tokens]
 // returns F32 [head_dim, n_head, n_tokens]
 GGML_API struct ggml_tensor * ggml_monarch_attend(

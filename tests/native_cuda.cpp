@@ -344,17 +344,26 @@ static comparison cuda_case_run(const cuda_case & cc) {
 
             test_tensor frames = view_of(GGML_TYPE_I8, 1, frame_size, 1, 1, w.frames);
 
-            test_tensor * attend_src[]   = { &q, &k, &v, &mask, &pool_view, &summary_view, &state_view, &table, &frames };
-            test_tensor * page_out_src[] = { &pool_view, &k, &v, &summary_view, &state_view, &outs, &frames };
-
             const bool has_frames = i > 0 && cc.n_frames > 0; // the plain path knows none
 
-            for (int32_t j = 0; j < 8 + has_frames; ++j) {
-                dst.tensor.src[j] = &attend_src[j]->tensor;
-            }
-            for (int32_t j = 0; j < 6 + has_frames; ++j) {
-                page_out.tensor.src[j] = &page_out_src[j]->tensor;
-            }
+            dst.tensor.src[MONARCH_ATTEND_Q]       = &q           .tensor;
+            dst.tensor.src[MONARCH_ATTEND_K]       = &k           .tensor;
+            dst.tensor.src[MONARCH_ATTEND_V]       = &v           .tensor;
+            dst.tensor.src[MONARCH_ATTEND_MASK]    = &mask        .tensor;
+            dst.tensor.src[MONARCH_ATTEND_POOL]    = &pool_view   .tensor;
+            dst.tensor.src[MONARCH_ATTEND_SUMMARY] = &summary_view.tensor;
+            dst.tensor.src[MONARCH_ATTEND_STATE]   = &state_view  .tensor;
+            dst.tensor.src[MONARCH_ATTEND_TABLE]   = &table       .tensor;
+            dst.tensor.src[MONARCH_ATTEND_FRAMES]  = has_frames ? &frames.tensor : nullptr;
+
+            page_out.tensor.src[MONARCH_PAGE_OUT_POOL]    = &pool_view   .tensor;
+            page_out.tensor.src[MONARCH_PAGE_OUT_K]       = &k           .tensor;
+            page_out.tensor.src[MONARCH_PAGE_OUT_V]       = &v           .tensor;
+            page_out.tensor.src[MONARCH_PAGE_OUT_SUMMARY] = &summary_view.tensor;
+            page_out.tensor.src[MONARCH_PAGE_OUT_STATE]   = &state_view  .tensor;
+            page_out.tensor.src[MONARCH_PAGE_OUT_PAGES]   = &outs        .tensor;
+            page_out.tensor.src[MONARCH_PAGE_OUT_FRAMES]  = has_frames ? &frames.tensor : nullptr;
+
             op.kind = MONARCH_OP_ATTEND;
             memcpy(dst.tensor.op_params, &op, sizeof(op));
             op.kind = MONARCH_OP_PAGE_OUT;

@@ -85,10 +85,15 @@ static void test_case_run(const test_case & c, int32_t q_zero, int32_t faint, in
     pages_fill (c, op, n_pages_max, &pool, &summary, faint);
     table_fill(c, n_pages_max, (int32_t *) table.tensor.data);
 
-    test_tensor * src[] = { &q, &k, &v, &mask, &pool, &summary, &state, &table };
-    for (size_t i = 0; i < sizeof(src)/sizeof(src[0]); ++i) {
-        dst.tensor.src[i] = &src[i]->tensor;
-    }
+    dst.tensor.src[MONARCH_ATTEND_Q]       = &q      .tensor;
+    dst.tensor.src[MONARCH_ATTEND_K]       = &k      .tensor;
+    dst.tensor.src[MONARCH_ATTEND_V]       = &v      .tensor;
+    dst.tensor.src[MONARCH_ATTEND_MASK]    = &mask   .tensor;
+    dst.tensor.src[MONARCH_ATTEND_POOL]    = &pool   .tensor;
+    dst.tensor.src[MONARCH_ATTEND_SUMMARY] = &summary.tensor;
+    dst.tensor.src[MONARCH_ATTEND_STATE]   = &state  .tensor;
+    dst.tensor.src[MONARCH_ATTEND_TABLE]   = &table  .tensor;
+
     memcpy(dst.tensor.op_params, &op, sizeof(op));
 
     // scratch is whatever was there before, and lies anywhere: at multiples of 16 at least
