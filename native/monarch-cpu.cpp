@@ -314,11 +314,7 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
                 (uint8_t *) pool   ->data + monarch_pool_offset(&op.codec, n_pages, h, page),
                 (uint8_t *) summary->data + monarch_summary_offset(head_dim, n_pages, h, page), page%MONARCH_SUMMARY_GROUP);
 
-        // a recycled page starts without a past
-        monarch_head_state * head = monarch_state_head(state->data, n_pages, h);
-
-        monarch_head_state_count     (head, n_pages)[page] = 0;
-        monarch_head_state_importance(head, n_pages)[page] = 0.0f;
+        monarch_head_state_forget(monarch_state_head(state->data, n_pages, h), n_pages, page);
     }
 
     if (params->ith == 0) {

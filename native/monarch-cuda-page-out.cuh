@@ -467,15 +467,11 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
     __syncthreads();
     monarch_half_encode(codec, v, records, slots, block + layout.v_codes, nullptr);
 
-    // a recycled page starts without a past
     if (threadIdx.x == 0) {
-        monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, head_kv);
-
-        monarch_head_state_count     (head, a.n_pages_max)[page] = 0;
-        monarch_head_state_importance(head, a.n_pages_max)[page] = 0.0f;
+        monarch_head_state_forget(monarch_state_head(a.state, a.n_pages_max, head_kv), a.n_pages_max, page);
     }
 
-    // nor is a copy of what it held any good
+    // a copy of what it held is no good any more
     if (threadIdx.x == 0 && a.frames) {
         monarch_frame_head * head = monarch_frames_head(a.frames, a.n_pages_max, a.op.n_frames, head_kv);
 

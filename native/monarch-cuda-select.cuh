@@ -292,8 +292,7 @@ MONARCH_KERNEL monarch_apply_log(const monarch_cuda_attend a) {
     float   * importance = monarch_head_state_importance(head, a.n_pages_max);
     uint8_t * count      = monarch_head_state_count     (head, a.n_pages_max);
 
-    const bool    is_committed = head->step == a.table[MONARCH_TABLE_COMMITTED];
-    const int32_t n_log        = is_committed ? head->n_log : 0;
+    const int32_t n_log = head->step == a.table[MONARCH_TABLE_COMMITTED] ? head->n_log : 0;
 
     // a page is logged once
     for (int32_t i = threadIdx.x; i < n_log; i += blockDim.x) {
@@ -302,14 +301,9 @@ MONARCH_KERNEL monarch_apply_log(const monarch_cuda_attend a) {
     __syncthreads();
 
     if (threadIdx.x == 0) {
-        if (is_committed) {
-            head->n_promotions += head->log_promoted;
-            head->n_scored     += head->log_scored;
-        }
-        head->step         = a.table[MONARCH_TABLE_STEP];
-        head->n_log        = 0;
-        head->log_promoted = 0;
-        head->log_scored   = 0;
+        monarch_policy_end_log(head, a.table[MONARCH_TABLE_COMMITTED]);
+
+        head->step = a.table[MONARCH_TABLE_STEP];
 
         if (a.frames) {
             monarch_frame_head_get(a, blockIdx.x)->n_filled = 0;
@@ -330,13 +324,6 @@ MONARCH_DEVICE int32_t monarch_lower_bound(const int32_t * list, int32_t n, int3
         }
     }
     return lo;
-}
-
-// a page's entry in the log that another sequence made in this step; null: none
-MONARCH_DEVICE monarch_log_entry * monarch_log_find(monarch_log_entry * log, int32_t n_log, const int32_t * index, int32_t page) {
-    const int32_t i = index[page]; // of a page that was never logged it is anything
-
-    return i >= 0 && i < n_log && log[i].page == page ? &log[i] : nullptr;
 }
 
 // what one sequence's present query promoted; by a whole block of threads
@@ -385,23 +372,19 @@ MONARCH_DEVICE void monarch_write_group_log(const monarch_cuda_attend & a, const
                 continue;
             }
 
-            monarch_log_entry * entry = monarch_log_find(log, n_before, index, page);
+            // that another sequence made in this step
+            monarch_log_entry * entry = monarch_head_state_find(head, a.n_pages_max, n_before, page);
 
             if (!entry && pass == 1) {
                 index[page] = n_log + n_new;
                 entry       = &log[index[page]];
-                *entry      = { page, 0, INT16_MAX, 0.0f, 0.0f };
+                *entry      = monarch_policy_new_entry(page);
                 n_new++;
             } else {
                 n_new += !entry;
             }
             if (pass == 1) {
-                entry->flags    |= (is_chosen ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
-                entry->estimated = fmaxf(entry->estimated, probability[i]);
-                if (is_chosen) {
-                    entry->seq      = entry->seq < group.seq ? entry->seq : (int16_t) group.seq;
-                    entry->measured = fmaxf(entry->measured, measured[ic]);
-                }
+                monarch_policy_merge_entry(entry, group.seq, is_chosen, is_sticky, probability[i], is_chosen ? measured[ic] : 0.0f);
             }
             ic += is_chosen;
         }

@@ -160,10 +160,7 @@ void monarch_kv_cache::stock_restore_layer(const monarch_stock_state & state, si
                     blocks   .data() + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
                     summaries.data() + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
 
-            monarch_head_state * head = monarch_state_head(sticky.data(), n_pages_max, h);
-
-            monarch_head_state_count     (head, n_pages_max)[phys] = 0;
-            monarch_head_state_importance(head, n_pages_max)[phys] = 0.0f;
+            monarch_head_state_forget(monarch_state_head(sticky.data(), n_pages_max, h), n_pages_max, phys);
         }
     };
 

@@ -24,17 +24,6 @@ void monarch_policy_apply_log(const monarch_policy * policy, monarch_head_state 
     monarch_policy_end_log(head, committed);
 }
 
-void monarch_policy_end_log(monarch_head_state * head, int32_t committed) {
-    if (head->step == committed) {
-        head->n_promotions += head->log_promoted;
-        head->n_scored     += head->log_scored;
-    }
-
-    head->n_log        = 0;
-    head->log_promoted = 0;
-    head->log_scored   = 0;
-}
-
 // sets of pages whose maxima are compared before all pages are, no power of two, lest what repeats itself fall into few of them;
 // pages that are passed over at a time
 #define MONARCH_RANK_SETS  272
@@ -206,16 +195,15 @@ int32_t monarch_policy_select(
 
 // the log's entry of a page: another sequence may have made it in this step
 static monarch_log_entry * monarch_policy_get_entry(monarch_head_state * head, int64_t n_pages_max, int32_t page) {
-    monarch_log_entry * log   = monarch_head_state_log(head);
-    int32_t           * index = monarch_head_state_log_index(head, n_pages_max) + page;
+    monarch_log_entry * entry = monarch_head_state_find(head, n_pages_max, head->n_log, page);
 
-    // the index of a page that was never logged is anything
-    if (*index < 0 || *index >= head->n_log || log[*index].page != page) {
-        *index = head->n_log++;
+    if (!entry) {
+        entry  = monarch_head_state_log(head) + head->n_log;
+        *entry = monarch_policy_new_entry(page);
 
-        log[*index] = { page, 0, INT16_MAX, 0.0f, 0.0f };
+        monarch_head_state_log_index(head, n_pages_max)[page] = head->n_log++;
     }
-    return &log[*index];
+    return entry;
 }
 
 void monarch_policy_write_log(
@@ -242,20 +230,13 @@ void monarch_policy_write_log(
         const int32_t next_sticky = i_sticky < n_sticky ? sticky[i_sticky] : INT32_MAX;
 
         const int32_t i         = std::min(next_chosen, next_sticky);
-        const bool    promote   = i == next_chosen;
+        const bool    is_chosen = i == next_chosen;
         const bool    is_sticky = i == next_sticky;
 
-        monarch_log_entry * entry = monarch_policy_get_entry(head, n_pages_max, table[i].page);
+        monarch_policy_merge_entry(monarch_policy_get_entry(head, n_pages_max, table[i].page),
+                seq, is_chosen, is_sticky, probability[i], is_chosen ? measured[i_chosen] : 0.0f);
 
-        entry->flags    |= (promote ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
-        entry->estimated = std::max(entry->estimated, probability[i]);
-
-        if (promote) {
-            entry->seq      = std::min<int32_t>(entry->seq, seq);
-            entry->measured = std::max(entry->measured, measured[i_chosen]);
-        }
-
-        i_chosen += promote;
+        i_chosen += is_chosen;
         i_sticky += is_sticky;
     }
 }

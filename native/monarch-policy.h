@@ -50,6 +50,18 @@ MONARCH_HD static inline void monarch_policy_apply_entry(
     *count      = *count < 255 ? *count + 1 : 255;
 }
 
+// what a sequence did with a page in this step; measured: of a page that it promoted
+MONARCH_HD static inline void monarch_policy_merge_entry(
+        struct monarch_log_entry * entry, int32_t seq, bool is_promoted, bool is_sticky, float estimated, float measured) {
+    entry->flags    |= (is_promoted ? MONARCH_LOG_PROMOTED : MONARCH_LOG_DROPPED) | (is_sticky ? MONARCH_LOG_STICKY : 0);
+    entry->estimated = entry->estimated < estimated ? estimated : entry->estimated;
+
+    if (is_promoted) {
+        entry->seq      = seq < entry->seq ? (int16_t) seq : entry->seq;
+        entry->measured = entry->measured < measured ? measured : entry->measured;
+    }
+}
+
 // whether the page may be promoted, and its rank among those
 MONARCH_HD static inline bool monarch_policy_get_rank(
         const struct monarch_policy * policy, uint8_t count, float importance, float probability, float * rank) {
@@ -66,15 +78,30 @@ MONARCH_HD static inline bool monarch_policy_get_rank(
     return probability >= policy->promotion_threshold;
 }
 
+// before any sequence did something with the page
+MONARCH_HD static inline struct monarch_log_entry monarch_policy_new_entry(int32_t page) {
+    const struct monarch_log_entry res = { page, 0, INT16_MAX, 0.0f, 0.0f };
+    return res;
+}
+
 //
 // the pages of a KV head
 //
 
-// sticky state moves on by one step, if the log in `head` is that of the last step that succeeded
-void monarch_policy_apply_log(const struct monarch_policy * policy, struct monarch_head_state * head, int64_t n_pages_max, int32_t committed);
+// counters move on by one step, if they are those of the last step that succeeded; the log in `head` is gone
+MONARCH_HD static inline void monarch_policy_end_log(struct monarch_head_state * head, int32_t committed) {
+    if (head->step == committed) {
+        head->n_promotions += head->log_promoted;
+        head->n_scored     += head->log_scored;
+    }
 
-// the same of the counters alone: the pages are gone
-void monarch_policy_end_log(struct monarch_head_state * head, int32_t committed);
+    head->n_log        = 0;
+    head->log_promoted = 0;
+    head->log_scored   = 0;
+}
+
+// the same, and sticky state by that log
+void monarch_policy_apply_log(const struct monarch_policy * policy, struct monarch_head_state * head, int64_t n_pages_max, int32_t committed);
 
 // probability: [n_pages], estimated, indexed like the table; rank: [n_pages] scratch
 // chosen: [n_pages] indices into the table, ascending; returns how many, at most n_budget

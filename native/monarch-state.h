@@ -72,3 +72,16 @@ MONARCH_HD static inline float * monarch_head_state_importance(struct monarch_he
 MONARCH_HD static inline uint8_t * monarch_head_state_count(struct monarch_head_state * head, int64_t n_pages) {
     return (uint8_t *) (monarch_head_state_importance(head, n_pages) + n_pages);
 }
+
+// a page that is written again starts without a past
+MONARCH_HD static inline void monarch_head_state_forget(struct monarch_head_state * head, int64_t n_pages, int32_t page) {
+    monarch_head_state_count     (head, n_pages)[page] = 0;
+    monarch_head_state_importance(head, n_pages)[page] = 0.0f;
+}
+
+// a physical page's entry among the first n_log of the log; null: none
+MONARCH_HD static inline struct monarch_log_entry * monarch_head_state_find(struct monarch_head_state * head, int64_t n_pages, int32_t n_log, int32_t page) {
+    const int32_t i = monarch_head_state_log_index(head, n_pages)[page]; // of a page that was never logged it is anything
+
+    return i >= 0 && i < n_log && monarch_head_state_log(head)[i].page == page ? monarch_head_state_log(head) + i : NULL;
+}
