@@ -5,6 +5,7 @@
 // Compiled with the flags for these instructions whatever the rest is compiled for, and used where the CPU has them.
 
 #include "monarch-attend.h"
+#include "monarch-attend-quant.h"
 #include "monarch-exp2.h"
 #include "monarch-summary-math.h"
 
@@ -70,7 +71,7 @@ static size_t monarch_avx512_work_init(struct monarch_avx512_work * work, char *
 
     work->q       = (int8_t  *) monarch_work_take(&ptr, (n_rows + MONARCH_SCORE_ROWS*2)*MONARCH_Q_STRIDE);
     work->q_bias  = (int32_t *) monarch_work_take(&ptr, n_rows*sizeof(int32_t));
-    work->q_scale = (float   *) monarch_work_take(&ptr, n_rows*2*sizeof(float));
+    work->q_scale = (float   *) monarch_work_take(&ptr, n_rows*sizeof(float));
     work->sums    = (float   *) monarch_work_take(&ptr, n_rows*MONARCH_LANES*sizeof(float));
     work->weights = (float   *) monarch_work_take(&ptr, 8*MONARCH_LANES*sizeof(float));
     work->logits  = (float   *) monarch_work_take(&ptr, n_rows*MONARCH_TILE*sizeof(float));
@@ -114,7 +115,7 @@ static bool monarch_avx512_supports_cold(const struct monarch_op_params * op) {
 
 // e^x for x <= 0, relative error below 1e-6
 static inline __m512 monarch_exp(__m512 x) {
-    const __m512 y = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _mm512_set1_ps(-126.0f));
+    const __m512 y = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(MONARCH_LOG2_E)), _mm512_set1_ps(-126.0f));
     const __m512 r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
 
     __m512 p = _mm512_set1_ps(MONARCH_EXP2_5);
@@ -498,32 +499,15 @@ static inline void monarch_codes_prefetch(int32_t bits, const uint8_t * next, in
     _mm_prefetch((const char *) next + 16*bits*i_chunk, _MM_HINT_T1);
 }
 
-// rotated queries as int8, four x and four y coordinates in turn, as the K codes lie
 static void monarch_cold_quantize(const struct monarch_attend * attend, const struct monarch_work * work, struct monarch_avx512_work * avx512) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
-        const float * q = work->rows[ir].q_rot;
+        int8_t * q = avx512->q + ir*MONARCH_Q_STRIDE;
 
-        float max = 0.0f;
-        for (int64_t i = 0; i < head_dim; ++i) {
-            max = fabsf(q[i]) > max ? fabsf(q[i]) : max;
-        }
+        const float max = monarch_int8_quantize_query(head_dim, work->rows[ir].q_rot, q);
 
-        const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
-
-        int8_t * dst = avx512->q + ir*MONARCH_Q_STRIDE;
-        int32_t  sum = 0;
-
-        for (int64_t i = 0; i < head_dim; ++i) {
-            // coordinate i%8 of pair quad i/8
-            const int64_t pair = i/8*4 + i%4;
-
-            dst[i] = (int8_t) lrintf(inverse*q[i%8 < 4 ? pair : pair + head_dim/2]);
-            sum   += dst[i];
-        }
-
-        avx512->q_bias [ir] = 128*sum;
+        avx512->q_bias [ir] = 128*monarch_int8_sum(head_dim, q);
         avx512->q_scale[ir] = attend->op.kq_scale*max/127.0f;
     }
 }
@@ -866,37 +850,12 @@ static void monarch_avx512_cold(const struct monarch_attend * attend, int64_t he
 //
 
 // of the rows that are scored together
-struct monarch_score_query {
+struct monarch_avx512_query {
     int8_t  * w;                            // [MONARCH_SCORE_ROWS][2*head_dim] weights of both halves
     uint8_t * tables;                       // [n_tables][R][MONARCH_TABLE_SIZE] of parts
     float     scale[MONARCH_SCORE_ROWS][2]; // of w, or of the tables
     float     sum  [MONARCH_SCORE_ROWS][2]; // of the weights
 };
-
-// weights of a row's summary dot product as int8; both halves have their own scale
-static void monarch_score_quantize(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * dst, float * scale, float * sum) {
-    const int32_t head_dim = attend->op.codec.head_dim;
-
-    float w[2*MONARCH_MAX_HEAD_DIM];
-    monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
-
-    for (int half = 0; half < 2; ++half) {
-        const float * src = w + half*head_dim;
-
-        float max = 0.0f;
-        sum[half] = 0.0f;
-        for (int32_t i = 0; i < head_dim; ++i) {
-            max = fabsf(src[i]) > max ? fabsf(src[i]) : max;
-            sum[half] += src[i];
-        }
-
-        const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
-        for (int32_t i = 0; i < head_dim; ++i) {
-            dst[half*head_dim + i] = (int8_t) lrintf(inverse*src[i]);
-        }
-        scale[half] = max/127.0f;
-    }
-}
 
 static inline int64_t monarch_group_size(int64_t head_dim) {
     return MONARCH_SUMMARY_GROUP*monarch_summary_size((int32_t) head_dim);
@@ -910,13 +869,13 @@ static inline void monarch_scales_prefetch(const uint8_t * scales, int64_t size)
 
 // scores of 16 pages for R rows, each log_n greater; asks for the next 16
 template <int R>
-static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
+static void monarch_score_group(int64_t head_dim, const uint8_t * group, const struct monarch_avx512_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
     __m512 score[R];
     for (int r = 0; r < R; ++r) {
         score[r] = _mm512_setzero_ps();
     }
 
-    const uint8_t * values     = group + 4*MONARCH_SUMMARY_GROUP*2;
+    const uint8_t * values     = group + monarch_summary_value_at(0, 0);
     const int64_t   group_size = monarch_group_size(head_dim);
 
     monarch_scales_prefetch(group + group_size, values - group);
@@ -937,8 +896,8 @@ static void monarch_score_group(int64_t head_dim, const uint8_t * group, const s
             }
         }
 
-        const __m512 offset = monarch_scales_load(group + half*64);
-        const __m512 step   = monarch_scales_load(group + half*64 + 32);
+        const __m512 offset = monarch_scales_load(group + monarch_summary_offset_at(half, 0));
+        const __m512 step   = monarch_scales_load(group + monarch_summary_step_at  (half, 0));
 
         for (int r = 0; r < R; ++r) {
             const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[r]), _mm512_set1_ps(query->scale[r][half]));
@@ -1176,7 +1135,7 @@ static inline __m512 monarch_parts_find_best(const __m512i * sums, int64_t n, in
 
 // scores of 16 pages for R rows, each log_n greater; asks for the 16 after the next: the next would come too late from memory
 template <int R>
-static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
+static void monarch_score_parts(int64_t head_dim, const uint8_t * group, const struct monarch_avx512_query * query, float kq_scale, float log_n, float * dst, int64_t stride) {
     const int64_t n_bytes    = head_dim/4;
     const int64_t n_sums     = (n_bytes + MONARCH_SUM_BYTES - 1)/MONARCH_SUM_BYTES;
     const int64_t group_size = 2*monarch_group_size(head_dim);
@@ -1268,7 +1227,7 @@ static void monarch_score_gather(const struct monarch_attend * attend, const str
     }
 }
 
-typedef void (*monarch_score_kernel)(int64_t head_dim, const uint8_t * group, const struct monarch_score_query * query, float kq_scale, float log_n, float * dst, int64_t stride);
+typedef void (*monarch_score_kernel)(int64_t head_dim, const uint8_t * group, const struct monarch_avx512_query * query, float kq_scale, float log_n, float * dst, int64_t stride);
 
 // of the kernel for at least n
 static int64_t monarch_score_count_rows(int64_t n) {
@@ -1286,7 +1245,7 @@ static monarch_score_kernel monarch_score_find_kernel(int32_t scorer, int64_t n)
 }
 
 // of n rows; those that the kernel takes with them weigh nothing
-static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_avx512_work * avx512, struct monarch_score_query * query) {
+static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_avx512_work * avx512, struct monarch_avx512_query * query) {
     const int32_t head_dim  = attend->op.codec.head_dim;
     const int64_t n_tables  = monarch_tables_count(head_dim);
     const int64_t n_kernel  = monarch_score_count_rows(n);
@@ -1307,7 +1266,7 @@ static void monarch_score_query_init(const struct monarch_attend * attend, const
         if (has_parts) {
             monarch_tables_init(attend, &rows[r], n_kernel, query->tables + r*MONARCH_TABLE_SIZE, query->scale[r]);
         } else {
-            monarch_score_quantize(attend, &rows[r], query->w + r*2*head_dim, query->scale[r], query->sum[r]);
+            monarch_int8_quantize_weights(attend->op.scorer, head_dim, rows[r].q, query->w + r*2*head_dim, query->scale[r], query->sum[r]);
         }
     }
 }
@@ -1320,7 +1279,7 @@ static void monarch_score_rows(const struct monarch_attend * attend, int64_t hea
 
     const auto score_group = monarch_score_find_kernel(attend->op.scorer, n);
 
-    struct monarch_score_query query;
+    struct monarch_avx512_query query;
     monarch_score_query_init(attend, &work->rows[ir], n, avx512, &query);
 
     for (int32_t i = i0; i + MONARCH_LANES <= i1; i += MONARCH_LANES) {
@@ -1354,9 +1313,7 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
-    for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
-        log_table[i] = monarch_summary_log_count(attend->op.scorer, i);
-    }
+    monarch_score_fill_logs(attend->op.scorer, log_table);
 
     // groups that hold none of these pages are skipped
     memset(avx512.used, 0, attend->n_pages_max/MONARCH_SUMMARY_GROUP);

@@ -21,6 +21,7 @@
 // arithmetic.
 
 #include "monarch-attend.h"
+#include "monarch-attend-quant.h"
 #include "monarch-convert.h"
 #include "monarch-exp2.h"
 #include "monarch-summary-math.h"
@@ -107,7 +108,7 @@ static bool monarch_simd_supports_cold(const struct monarch_op_params * op) {
 
 // e^x for x <= 0, relative error below 1e-6; what is less than 2^-100 becomes that, lest products be subnormal
 static inline monarch_f32 monarch_exp(monarch_f32 x) {
-    const monarch_f32 y = monarch_f32_max(monarch_f32_mul(x, monarch_f32_set1(1.44269504f)), monarch_f32_set1(-100.0f));
+    const monarch_f32 y = monarch_f32_max(monarch_f32_mul(x, monarch_f32_set1(MONARCH_LOG2_E)), monarch_f32_set1(-100.0f));
     const monarch_f32 n = monarch_f32_floor(y);
     const monarch_f32 r = monarch_f32_sub(y, n);
 
@@ -436,28 +437,11 @@ struct monarch_simd_tile {
     uint32_t                     mask; // tokens that count
 };
 
-// rotated queries as int8, four x and four y coordinates in turn, as the K codes lie
 static void monarch_cold_quantize(const struct monarch_attend * attend, const struct monarch_work * work, struct monarch_simd_work * simd) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
-        const float * q = work->rows[ir].q_rot;
-
-        float max = 0.0f;
-        for (int64_t i = 0; i < head_dim; ++i) {
-            max = fabsf(q[i]) > max ? fabsf(q[i]) : max;
-        }
-
-        const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
-
-        int8_t * dst = simd->q + ir*head_dim;
-
-        for (int64_t i = 0; i < head_dim; ++i) {
-            // coordinate i%8 of pair quad i/8
-            const int64_t pair = i/8*4 + i%4;
-
-            dst[i] = (int8_t) lrintf(inverse*q[i%8 < 4 ? pair : pair + head_dim/2]);
-        }
+        const float max = monarch_int8_quantize_query(head_dim, work->rows[ir].q_rot, simd->q + ir*head_dim);
 
         simd->q_scale[ir] = attend->op.kq_scale*max/127.0f;
     }
@@ -675,7 +659,7 @@ static void monarch_simd_cold(const struct monarch_attend * attend, int64_t head
 //
 
 // of the rows that are scored together
-struct monarch_score_query {
+struct monarch_simd_query {
     const int8_t * w;                      // [MONARCH_ROWS][2*head_dim] weights of both halves
     const int8_t * tables;                 // [MONARCH_ROWS][head_dim/2][MONARCH_TABLE_SIZE] of parts
     float          scale[MONARCH_ROWS][2]; // of w, or of the tables
@@ -683,41 +667,26 @@ struct monarch_score_query {
     int32_t        bias [MONARCH_ROWS][2]; // what taking 128 from the values takes from the dot product
 };
 
-// weights of a row's summary dot product as int8; both halves have their own scale
 static void monarch_score_quantize(const struct monarch_attend * attend, const struct monarch_row * row, int8_t * dst, float * scale, float * sum, int32_t * bias) {
     const int32_t head_dim = attend->op.codec.head_dim;
 
-    float w[2*MONARCH_MAX_HEAD_DIM];
-    monarch_summary_query(attend->op.scorer, head_dim, row->q, w);
+    monarch_int8_quantize_weights(attend->op.scorer, head_dim, row->q, dst, scale, sum);
 
     for (int half = 0; half < 2; ++half) {
-        const float * src = w + half*head_dim;
-
-        float max = 0.0f;
-        for (int32_t i = 0; i < head_dim; ++i) {
-            max = fabsf(src[i]) > max ? fabsf(src[i]) : max;
-            sum[half] += src[i];
-        }
-
-        const float inverse = max > 0.0f ? 127.0f/max : 0.0f;
-        for (int32_t i = 0; i < head_dim; ++i) {
-            dst[half*head_dim + i] = (int8_t) lrintf(inverse*src[i]);
-            bias[half] += 128*dst[half*head_dim + i];
-        }
-        scale[half] = max/127.0f;
+        bias[half] = 128*monarch_int8_sum(head_dim, dst + half*head_dim);
     }
 }
 
 // scores of 16 pages for MONARCH_ROWS rows
-static void monarch_score_group(const struct monarch_attend * attend, const uint8_t * group, const struct monarch_score_query * query, float * dst, int64_t stride) {
+static void monarch_score_group(const struct monarch_attend * attend, const uint8_t * group, const struct monarch_simd_query * query, float * dst, int64_t stride) {
     const int64_t head_dim = attend->op.codec.head_dim;
-
-    const uint8_t * values = group + 4*MONARCH_SUMMARY_GROUP*sizeof(ggml_fp16_t);
 
     monarch_i8 x[2][MONARCH_MAX_HEAD_DIM/4*MONARCH_VECTORS];
     for (int half = 0; half < 2; ++half) {
+        const uint8_t * values = group + monarch_summary_value_at(half*head_dim, 0);
+
         for (int64_t i = 0; i < head_dim/4*MONARCH_VECTORS; ++i) {
-            x[half][i] = monarch_i8_xor(monarch_i8_load(values + half*head_dim*MONARCH_TILE + i*4*MONARCH_LANES), monarch_i8_set1(-128));
+            x[half][i] = monarch_i8_xor(monarch_i8_load(values + i*4*MONARCH_LANES), monarch_i8_set1(-128));
         }
     }
 
@@ -735,10 +704,8 @@ static void monarch_score_group(const struct monarch_attend * attend, const uint
 
             monarch_dot_rows<MONARCH_ROWS>(head_dim/4, x[half] + i, query->w + half*head_dim, 2*head_dim, acc);
 
-            const uint8_t * head = group + half*64 + i*MONARCH_LANES*sizeof(ggml_fp16_t);
-
-            const monarch_f32 offset = monarch_f32_load_f16(head);
-            const monarch_f32 step   = monarch_f32_load_f16(head + MONARCH_SUMMARY_GROUP*sizeof(ggml_fp16_t));
+            const monarch_f32 offset = monarch_f32_load_f16(group + monarch_summary_offset_at(half, i*MONARCH_LANES));
+            const monarch_f32 step   = monarch_f32_load_f16(group + monarch_summary_step_at  (half, i*MONARCH_LANES));
 
             for (int r = 0; r < MONARCH_ROWS; ++r) {
                 const monarch_f32 product = monarch_f32_mul(monarch_i32_to_f32(acc[r]), monarch_f32_set1(query->scale[r][half]));
@@ -798,7 +765,7 @@ static void monarch_tables_init(const struct monarch_attend * attend, const stru
 }
 
 // what four parts of MONARCH_LANES pages add up to, in pairs: the first and third of each page, the second and fourth
-static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_score_query * query, monarch_i16 sums[2][MONARCH_ROWS]) {
+static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, const struct monarch_simd_query * query, monarch_i16 sums[2][MONARCH_ROWS]) {
     const int64_t n_bytes = head_dim/4;
     const int64_t stride  = head_dim/2*MONARCH_TABLE_SIZE;
 
@@ -831,7 +798,7 @@ static inline void monarch_parts_add(int64_t head_dim, const uint8_t * codes, co
 }
 
 // scores of 16 pages for MONARCH_ROWS rows
-static void monarch_score_parts(const struct monarch_attend * attend, const uint8_t * group, const struct monarch_score_query * query, float * dst, int64_t stride) {
+static void monarch_score_parts(const struct monarch_attend * attend, const uint8_t * group, const struct monarch_simd_query * query, float * dst, int64_t stride) {
     const int32_t head_dim = attend->op.codec.head_dim;
 
     float scales [MONARCH_SUMMARY_PARTS*MONARCH_TILE];
@@ -872,7 +839,7 @@ static void monarch_score_parts(const struct monarch_attend * attend, const uint
 }
 
 // of n rows; those that the kernels take with them weigh nothing
-static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_simd_work * simd, struct monarch_score_query * query) {
+static void monarch_score_query_init(const struct monarch_attend * attend, const struct monarch_row * rows, int64_t n, const struct monarch_simd_work * simd, struct monarch_simd_query * query) {
     const int32_t head_dim  = attend->op.codec.head_dim;
     const int64_t n_table   = head_dim/2*MONARCH_TABLE_SIZE;
     const bool    has_parts = attend->op.scorer == MONARCH_SCORER_PARTS;
@@ -903,9 +870,7 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
     const auto score_group = attend->op.scorer == MONARCH_SCORER_PARTS ? monarch_score_parts : monarch_score_group;
 
     float log_table[MONARCH_MAX_PAGE_SIZE + 1];
-    for (int32_t i = 0; i <= MONARCH_MAX_PAGE_SIZE; ++i) {
-        log_table[i] = monarch_summary_log_count(attend->op.scorer, i);
-    }
+    monarch_score_fill_logs(attend->op.scorer, log_table);
 
     // groups that hold none of these pages are skipped
     memset(simd.used, 0, n_groups);
@@ -918,7 +883,7 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
     for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_ROWS) {
         const int64_t n = MONARCH_MIN(MONARCH_ROWS, work->n_rows - ir);
 
-        struct monarch_score_query query;
+        struct monarch_simd_query query;
         monarch_score_query_init(attend, &work->rows[ir], n, &simd, &query);
 
         for (int64_t g = 0; g < n_groups; ++g) {

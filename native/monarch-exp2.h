@@ -1,5 +1,8 @@
 #pragma once
 
+// e^x = 2^(x*MONARCH_LOG2_E)
+#define MONARCH_LOG2_E 1.44269504f
+
 // 2^x on [0, 1) as a polynomial, least-maximum in relative error: below 1e-6
 
 #define MONARCH_EXP2_0 9.999999251e-01f
