@@ -144,40 +144,19 @@ static bool monarch_avx2_supports_cold(const struct monarch_op_params * op) {
     return monarch_avx2_is_there() && monarch_simd_supports_cold(op);
 }
 
-#define monarch_avx2_work_size monarch_simd_work_size
-#define monarch_avx2_hot       monarch_simd_hot
-#define monarch_avx2_cold      monarch_simd_cold
-#define monarch_avx2_score     monarch_simd_score
-#define monarch_avx2_exp       monarch_simd_exp
-
-#else
-
-static bool monarch_avx2_supports_hot(const struct monarch_op_params *, enum ggml_type, enum ggml_type) {
-    return false;
-}
-
-static bool monarch_avx2_supports_cold(const struct monarch_op_params *) {
-    return false;
-}
-
-static size_t monarch_avx2_work_size(int32_t, int64_t, int64_t) {
-    return 0;
-}
-
-#define monarch_avx2_hot   nullptr
-#define monarch_avx2_cold  nullptr
-#define monarch_avx2_score nullptr
-#define monarch_avx2_exp   nullptr
-
-#endif
-
 const struct monarch_kernel monarch_kernel_avx2 = {
     /*.name          =*/ "avx2",
     /*.supports_hot  =*/ monarch_avx2_supports_hot,
     /*.supports_cold =*/ monarch_avx2_supports_cold,
-    /*.work_size     =*/ monarch_avx2_work_size,
-    /*.hot           =*/ monarch_avx2_hot,
-    /*.cold          =*/ monarch_avx2_cold,
-    /*.score         =*/ monarch_avx2_score,
-    /*.exp           =*/ monarch_avx2_exp,
+    /*.work_size     =*/ monarch_simd_work_size,
+    /*.hot           =*/ monarch_simd_hot,
+    /*.cold          =*/ monarch_simd_cold,
+    /*.score         =*/ monarch_simd_score,
+    /*.exp           =*/ monarch_simd_exp,
 };
+
+#else
+
+const struct monarch_kernel monarch_kernel_avx2 = {};
+
+#endif

@@ -1344,27 +1344,6 @@ static float monarch_avx512_exp(int32_t n, float * x, float max) {
     return _mm512_reduce_add_ps(sum);
 }
 
-#else
-
-static bool monarch_avx512_supports_hot(const struct monarch_op_params *, enum ggml_type, enum ggml_type) {
-    return false;
-}
-
-static bool monarch_avx512_supports_cold(const struct monarch_op_params *) {
-    return false;
-}
-
-static size_t monarch_avx512_work_size(int32_t, int64_t, int64_t) {
-    return 0;
-}
-
-#define monarch_avx512_hot   nullptr
-#define monarch_avx512_cold  nullptr
-#define monarch_avx512_score nullptr
-#define monarch_avx512_exp   nullptr
-
-#endif
-
 const struct monarch_kernel monarch_kernel_avx512 = {
     /*.name          =*/ "avx512",
     /*.supports_hot  =*/ monarch_avx512_supports_hot,
@@ -1375,3 +1354,9 @@ const struct monarch_kernel monarch_kernel_avx512 = {
     /*.score         =*/ monarch_avx512_score,
     /*.exp           =*/ monarch_avx512_exp,
 };
+
+#else
+
+const struct monarch_kernel monarch_kernel_avx512 = {};
+
+#endif

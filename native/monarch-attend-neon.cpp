@@ -127,40 +127,19 @@ static bool monarch_neon_supports_cold(const struct monarch_op_params * op) {
     return monarch_neon_is_there() && monarch_simd_supports_cold(op);
 }
 
-#define monarch_neon_work_size monarch_simd_work_size
-#define monarch_neon_hot       monarch_simd_hot
-#define monarch_neon_cold      monarch_simd_cold
-#define monarch_neon_score     monarch_simd_score
-#define monarch_neon_exp       monarch_simd_exp
-
-#else
-
-static bool monarch_neon_supports_hot(const struct monarch_op_params *, enum ggml_type, enum ggml_type) {
-    return false;
-}
-
-static bool monarch_neon_supports_cold(const struct monarch_op_params *) {
-    return false;
-}
-
-static size_t monarch_neon_work_size(int32_t, int64_t, int64_t) {
-    return 0;
-}
-
-#define monarch_neon_hot   nullptr
-#define monarch_neon_cold  nullptr
-#define monarch_neon_score nullptr
-#define monarch_neon_exp   nullptr
-
-#endif
-
 const struct monarch_kernel monarch_kernel_neon = {
     /*.name          =*/ "neon",
     /*.supports_hot  =*/ monarch_neon_supports_hot,
     /*.supports_cold =*/ monarch_neon_supports_cold,
-    /*.work_size     =*/ monarch_neon_work_size,
-    /*.hot           =*/ monarch_neon_hot,
-    /*.cold          =*/ monarch_neon_cold,
-    /*.score         =*/ monarch_neon_score,
-    /*.exp           =*/ monarch_neon_exp,
+    /*.work_size     =*/ monarch_simd_work_size,
+    /*.hot           =*/ monarch_simd_hot,
+    /*.cold          =*/ monarch_simd_cold,
+    /*.score         =*/ monarch_simd_score,
+    /*.exp           =*/ monarch_simd_exp,
 };
+
+#else
+
+const struct monarch_kernel monarch_kernel_neon = {};
+
+#endif

@@ -21,43 +21,42 @@
 static const monarch_kernel * const monarch_kernels[] = { &monarch_kernel_avx512, &monarch_kernel_avx2, &monarch_kernel_neon, &monarch_kernel_plain };
 
 // tests compare kernels: MONARCH_KERNEL names the only one that may serve besides the plain path
-static bool monarch_kernel_is_allowed(const monarch_attend * attend, const monarch_kernel * kernel) {
+static bool monarch_kernel_is_allowed(const monarch_kernel * kernel, bool use_ref) {
     static const char * name = getenv("MONARCH_KERNEL");
 
-    return kernel == &monarch_kernel_plain || (!attend->use_ref && (!name || strcmp(name, kernel->name) == 0));
+    return kernel == &monarch_kernel_plain || (!use_ref && kernel->name && (!name || strcmp(name, kernel->name) == 0));
 }
 
-static const monarch_kernel * monarch_kernel_find_hot(const monarch_attend * attend) {
-    for (const monarch_kernel * kernel : monarch_kernels) {
-        if (monarch_kernel_is_allowed(attend, kernel) && kernel->supports_hot(&attend->op, attend->k->type, attend->v->type)) {
-            return kernel;
-        }
-    }
-    return &monarch_kernel_plain;
-}
+void monarch_attend_find_kernels(monarch_attend * attend, bool use_ref) {
+    attend->kernel_hot  = nullptr;
+    attend->kernel_cold = nullptr;
 
-// of scores and pages
-static const monarch_kernel * monarch_kernel_find_cold(const monarch_attend * attend) {
+    // the last supports all
     for (const monarch_kernel * kernel : monarch_kernels) {
-        if (monarch_kernel_is_allowed(attend, kernel) && kernel->supports_cold(&attend->op)) {
-            return kernel;
+        if (!monarch_kernel_is_allowed(kernel, use_ref)) {
+            continue;
+        }
+        if (!attend->kernel_hot && kernel->supports_hot(&attend->op, attend->k->type, attend->v->type)) {
+            attend->kernel_hot = kernel;
+        }
+        if (!attend->kernel_cold && kernel->supports_cold(&attend->op)) {
+            attend->kernel_cold = kernel;
         }
     }
-    return &monarch_kernel_plain;
 }
 
 void monarch_attend_say_kernels(const monarch_attend * attend) {
     static std::atomic<bool> is_said { false };
 
     if (!is_said.exchange(true)) {
-        GGML_LOG_INFO("%s: hot window: %s, cold pages: %s\n", __func__, monarch_kernel_find_hot(attend)->name, monarch_kernel_find_cold(attend)->name);
+        GGML_LOG_INFO("%s: hot window: %s, cold pages: %s\n", __func__, attend->kernel_hot->name, attend->kernel_cold->name);
     }
 }
 
 static size_t monarch_kernel_work_size(int32_t head_dim, int64_t n_rows, int64_t n_pages_max) {
     size_t res = 0;
     for (const monarch_kernel * kernel : monarch_kernels) {
-        res = std::max(res, kernel->work_size(head_dim, n_rows, n_pages_max));
+        res = std::max(res, kernel->name ? kernel->work_size(head_dim, n_rows, n_pages_max) : 0);
     }
     return res;
 }
@@ -180,8 +179,7 @@ static float monarch_find_max(int32_t n, const float * x) {
 
 // the greatest probability of each page over the rows: estimated page mass / (hot mass + sum of estimated page masses)
 static void monarch_attend_estimate(const monarch_attend * attend, monarch_work * work) {
-    const monarch_kernel * kernel  = monarch_kernel_find_cold(attend);
-    const int32_t          n_pages = attend->n_pages;
+    const int32_t n_pages = attend->n_pages;
 
     std::fill(work->probability, work->probability + n_pages, 0.0f);
 
@@ -194,7 +192,7 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
 
         const float max = std::max(monarch_find_max(n_pages, mass), hot);
 
-        row->estimate_sum = kernel->exp(n_pages, mass, max);
+        row->estimate_sum = attend->kernel_cold->exp(n_pages, mass, max);
         row->estimate_max = max;
 
         const float inverse = 1.0f/(expf(hot - max) + row->estimate_sum);
@@ -319,19 +317,17 @@ void monarch_attend_block(
     const bool is_last   = attend->is_last && i_token0 + n_tokens == attend->n_tokens;
     const bool is_logged = is_last && attend->mode == MONARCH_MODE_PAGED;
 
-    const monarch_kernel * kernel = monarch_kernel_find_cold(attend);
-
     monarch_work work;
     monarch_work_init(&work, (char *) work_data, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
 
     monarch_rows_init(attend, head_kv, attend->i_token + i_token0, n_tokens, &work);
 
-    monarch_kernel_find_hot(attend)->hot(attend, head_kv, &work, 0, attend->k->ne[2]);
+    attend->kernel_hot->hot(attend, head_kv, &work, 0, attend->k->ne[2]);
 
     const int64_t t_start = ggml_time_us();
 
     if (monarch_attend_is_selective(attend)) {
-        kernel->score(attend, head_kv, &work, 0, attend->n_pages);
+        attend->kernel_cold->score(attend, head_kv, &work, 0, attend->n_pages);
         monarch_attend_choose(attend, head_kv, &work);
     } else {
         monarch_attend_choose_all(attend, &work);
@@ -343,7 +339,7 @@ void monarch_attend_block(
         monarch_rows_clear_mass(&work);
     }
 
-    kernel->cold(attend, head_kv, &work);
+    attend->kernel_cold->cold(attend, head_kv, &work);
 
     count->n_promoted += is_last ? work.n_chosen : 0;
 
@@ -383,13 +379,13 @@ void monarch_attend_part_begin(const monarch_attend * attend, const monarch_part
 
     const int64_t n_kv = attend->k->ne[2];
 
-    monarch_kernel_find_hot(attend)->hot(attend, part->head_kv, work,
+    attend->kernel_hot->hot(attend, part->head_kv, work,
             monarch_part_bound(part, n_kv, MONARCH_HOT_STEP, part->i_part), monarch_part_bound(part, n_kv, MONARCH_HOT_STEP, part->i_part + 1));
 
     if (monarch_attend_is_selective(attend)) {
         const int32_t n = attend->n_pages;
 
-        monarch_kernel_find_cold(attend)->score(attend, part->head_kv, work,
+        attend->kernel_cold->score(attend, part->head_kv, work,
                 monarch_part_bound(part, n, MONARCH_SUMMARY_GROUP, part->i_part), monarch_part_bound(part, n, MONARCH_SUMMARY_GROUP, part->i_part + 1));
     }
 }
@@ -463,7 +459,7 @@ void monarch_attend_part_cold(const monarch_attend * attend, const monarch_part 
         monarch_rows_clear_mass(&work);
     }
 
-    monarch_kernel_find_cold(attend)->cold(attend, part->head_kv, &work);
+    attend->kernel_cold->cold(attend, part->head_kv, &work);
 }
 
 void monarch_attend_part_end(const monarch_attend * attend, const monarch_part * part, monarch_attend_count * count) {

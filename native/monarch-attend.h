@@ -26,7 +26,8 @@ struct monarch_attend {
     int64_t                            n_gqa;   // query heads per KV head
     int64_t                            n_block; // queries that share one choice of pages
     std::atomic_flag                 * locks;   // [n_head_kv] of the logs
-    bool                               use_ref; // the plain path alone
+    const struct monarch_kernel      * kernel_hot;
+    const struct monarch_kernel      * kernel_cold; // of scores and pages
 
     int32_t                            seq;
     int64_t                            i_token;
@@ -97,6 +98,7 @@ static inline const uint8_t * monarch_attend_get_group(const struct monarch_atte
     return attend->summary + monarch_summary_offset(attend->op.codec.head_dim, attend->n_pages_max, head_kv, page);
 }
 
+// all of it is null if it is not compiled in
 struct monarch_kernel {
     const char * name;
 
@@ -146,6 +148,9 @@ struct monarch_attend_count {
     int32_t n_promoted;
     int32_t n_scored;
 };
+
+// use_ref: the plain path alone
+void monarch_attend_find_kernels(struct monarch_attend * attend, bool use_ref);
 
 // once per process: which kernels serve
 void monarch_attend_say_kernels(const struct monarch_attend * attend);

@@ -223,8 +223,9 @@ static void monarch_attend_forward(const ggml_compute_params * params, ggml_tens
     monarch_attend_count * counts = (monarch_attend_count *) work;
     monarch_attend_count * count  = counts + params->ith*attend.n_head_kv;
 
-    attend.use_ref = params->use_ref;
-    attend.locks   = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
+    attend.locks = (std::atomic_flag *) (counts + params->nth*attend.n_head_kv);
+
+    monarch_attend_find_kernels(&attend, params->use_ref);
 
     char * scratches = work + monarch_attend_counts_size(dst, params->nth);
     char * scratch   = scratches + params->ith*monarch_attend_scratch_size(dst);
