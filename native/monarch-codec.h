@@ -30,6 +30,7 @@
 //  16 bits: both K and V are f16 [page_size][head_dim] in place of their codes; no residual, no scales
 // Decoding gives rotated values: attention rotates q once and turns the result back once.
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -44,12 +45,29 @@ extern "C" {
 #define MONARCH_MAX_PAGE_SIZE 32
 
 struct monarch_codec {
-    int32_t head_dim;   // multiple of 16, at most MONARCH_MAX_HEAD_DIM
-    int32_t page_size;  // 8, 16 or 32 tokens
-    int32_t bits_k;     // 2, 3, 4 or 16
+    int32_t head_dim;
+    int32_t page_size;  // tokens
+    int32_t bits_k;
     int32_t bits_v;
     int32_t residual_k; // 0 or 1
 };
+
+MONARCH_HD static inline bool monarch_head_dim_is_valid(int32_t head_dim) {
+    return head_dim > 0 && head_dim <= MONARCH_MAX_HEAD_DIM && head_dim%16 == 0;
+}
+
+MONARCH_HD static inline bool monarch_page_size_is_valid(int32_t page_size) {
+    return page_size == 8 || page_size == 16 || page_size == MONARCH_MAX_PAGE_SIZE;
+}
+
+MONARCH_HD static inline bool monarch_bits_are_valid(int32_t bits) {
+    return (bits >= 2 && bits <= 4) || bits == 16;
+}
+
+MONARCH_HD static inline bool monarch_codec_is_valid(const struct monarch_codec * codec) {
+    return monarch_head_dim_is_valid(codec->head_dim) && monarch_page_size_is_valid(codec->page_size) &&
+        monarch_bits_are_valid(codec->bits_k) && monarch_bits_are_valid(codec->bits_v);
+}
 
 MONARCH_HD static inline size_t monarch_record_size(int32_t head_dim, int32_t bits, int32_t residual) {
     if (bits == 16) {

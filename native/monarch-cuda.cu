@@ -7,7 +7,7 @@
 bool monarch_cuda_supports_op(const ggml_tensor * dst) {
     const monarch_op_params op = monarch_cuda_get_params(dst);
 
-    if (!monarch_cuda_codec_is_supported(op.codec)) {
+    if (!monarch_codec_is_valid(&op.codec)) {
         return false;
     }
     switch (op.kind) {

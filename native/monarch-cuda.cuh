@@ -231,13 +231,3 @@ static bool monarch_cuda_attend_is_supported(const ggml_tensor * dst) {
 static bool monarch_cuda_page_out_is_supported(const ggml_tensor * dst) {
     return monarch_cuda_type_is_supported(dst->src[MONARCH_PAGE_OUT_K]) && monarch_cuda_type_is_supported(dst->src[MONARCH_PAGE_OUT_V]);
 }
-
-static bool monarch_cuda_bits_are_supported(int32_t bits) {
-    return bits == 2 || bits == 3 || bits == 4 || bits == 16;
-}
-
-static bool monarch_cuda_codec_is_supported(const monarch_codec & codec) {
-    return codec.head_dim > 0 && codec.head_dim <= MONARCH_MAX_HEAD_DIM && codec.head_dim%16 == 0 &&
-        (codec.page_size == 8 || codec.page_size == 16 || codec.page_size == 32) &&
-        monarch_cuda_bits_are_supported(codec.bits_k) && monarch_cuda_bits_are_supported(codec.bits_v);
-}

@@ -146,21 +146,17 @@ static std::string monarch_knob_check(const monarch_knob & knob, const monarch_k
     return std::string(knob.name) + " = " + monarch_number(knob, value) + ": must be " + monarch_knob_range(knob);
 }
 
-static bool monarch_bits_valid(int32_t bits) {
-    return (bits >= 2 && bits <= 4) || bits == 16;
-}
-
 // what the ranges do not say
 static std::string monarch_knobs_check_together(const monarch_knobs & knobs) {
     const auto str = [](int32_t value) { return std::to_string(value); };
 
-    if (knobs.page_size != 8 && knobs.page_size != 16 && knobs.page_size != 32) {
+    if (!monarch_page_size_is_valid(knobs.page_size)) {
         return "page_size = " + str(knobs.page_size) + ": must be 8, 16 or 32";
     }
-    if (!monarch_bits_valid(knobs.cold_bits_k)) {
+    if (!monarch_bits_are_valid(knobs.cold_bits_k)) {
         return "cold_bits_k = " + str(knobs.cold_bits_k) + ": must be 2, 3 or 4";
     }
-    if (!monarch_bits_valid(knobs.cold_bits_v)) {
+    if (!monarch_bits_are_valid(knobs.cold_bits_v)) {
         return "cold_bits_v = " + str(knobs.cold_bits_v) + ": must be 2, 3 or 4";
     }
     if (knobs.residual_k && knobs.cold_bits_k == 16) {

@@ -55,7 +55,7 @@ static std::string monarch_check_head_dim(const llama_hparams & hparams) {
 
     const uint32_t head_dim = hparams.n_embd_head_k(0);
 
-    if (head_dim % 16 != 0 || head_dim == 0 || head_dim > MONARCH_MAX_HEAD_DIM) {
+    if (!monarch_head_dim_is_valid(head_dim)) {
         return "head size " + std::to_string(head_dim) + " is not supported: must be a multiple of 16, at most " + std::to_string(MONARCH_MAX_HEAD_DIM);
     }
 

@@ -200,9 +200,10 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     if (op->op != GGML_OP_MONARCH) {
         return true; // the CPU has all that the tests' models need
     }
-    const ggml_tensor * store = ggml_monarch_get_store(op);
+    const ggml_tensor     * store  = ggml_monarch_get_store(op);
+    const monarch_op_params params = monarch_cuda_get_params(op);
 
-    return store->buffer && is_own(store->buffer->buft) && monarch_cuda_codec_is_supported(monarch_cuda_get_params(op).codec);
+    return store->buffer && is_own(store->buffer->buft) && monarch_codec_is_valid(&params.codec);
 }
 
 static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
