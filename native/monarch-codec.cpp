@@ -11,20 +11,20 @@
 // The numpy reference in monarch_llamacpp/codec.py gives the same bytes: every sum has a fixed order, ties go to the lower
 // index, and this file is compiled with -ffp-contract=off and without -ffast-math.
 
-#define MAX_PAIRS  (MONARCH_MAX_HEAD_DIM/2)
-#define MAX_CODES  (MONARCH_MAX_PAGE_SIZE*MAX_PAIRS)
+#define MONARCH_MAX_PAIRS  (MONARCH_MAX_HEAD_DIM/2)
+#define MONARCH_MAX_CODES  (MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_PAIRS)
 
-struct record {
-    uint8_t  codes   [MAX_PAIRS];
+struct monarch_codec_record {
+    uint8_t  codes   [MONARCH_MAX_PAIRS];
     uint8_t  negative[MONARCH_MAX_HEAD_DIM]; // sign of the residual
     uint16_t scale;
     uint16_t step;
 };
 
 // the best angle of a pair on even and on odd rings, and the dot product of the pair with its direction
-struct angles {
-    float   dot  [2][MAX_PAIRS];
-    int32_t index[2][MAX_PAIRS];
+struct monarch_codec_angles {
+    float   dot  [2][MONARCH_MAX_PAIRS];
+    int32_t index[2][MONARCH_MAX_PAIRS];
 };
 
 //
@@ -144,7 +144,7 @@ static float root_mean_square(const float * x, int32_t n) {
 
 // every factor assigns rings at rms*factor and refits the scale by least squares; the least error wins
 template <int bits>
-static float find_scale(int32_t n_pairs, const angles & a, float rms) {
+static float find_scale(int32_t n_pairs, const monarch_codec_angles & a, float rms) {
     float inverse[MONARCH_N_FACTORS];
     float dots   [MONARCH_N_FACTORS];
     float norms  [MONARCH_N_FACTORS];
@@ -171,11 +171,11 @@ static void find_rings(int32_t n_pairs, const float * dots, float inverse, float
 }
 
 template <int bits>
-static void find_codes(int32_t n_pairs, const angles & a, float scale, uint8_t * codes) {
+static void find_codes(int32_t n_pairs, const monarch_codec_angles & a, float scale, uint8_t * codes) {
     const float inverse = 1.0f/scale;
 
-    float   radii[2][MAX_PAIRS];
-    int32_t rings[2][MAX_PAIRS];
+    float   radii[2][MONARCH_MAX_PAIRS];
+    int32_t rings[2][MONARCH_MAX_PAIRS];
     find_rings<bits, 0>(n_pairs, a.dot[0], inverse, radii[0], rings[0]);
     find_rings<bits, 1>(n_pairs, a.dot[1], inverse, radii[1], rings[1]);
 
@@ -191,7 +191,7 @@ template <int bits>
 static float fit_scale(int32_t n_pairs, const float * x, const uint8_t * codes) {
     const monarch_codec_points & points = points_of_bits<bits>();
 
-    float   dots[MAX_PAIRS];
+    float   dots[MONARCH_MAX_PAIRS];
     int32_t norm = 0;
     for (int32_t p = 0; p < n_pairs; ++p) {
         const int32_t px = points.x[codes[p]];
@@ -204,14 +204,14 @@ static float fit_scale(int32_t n_pairs, const float * x, const uint8_t * codes) 
 }
 
 template <int bits>
-static void record_encode_codes(int32_t head_dim, const float * x, record & r) {
+static void record_encode_codes(int32_t head_dim, const float * x, monarch_codec_record & r) {
     const int32_t n_pairs = head_dim/2;
 
     const float rms = root_mean_square(x, head_dim);
 
     r.scale = 0;
     if (rms >= MONARCH_LEAST_RMS) {
-        angles a;
+        monarch_codec_angles a;
         find_angles<bits, 0>(n_pairs, x, x + n_pairs, a.dot[0], a.index[0]);
         find_angles<bits, 1>(n_pairs, x, x + n_pairs, a.dot[1], a.index[1]);
 
@@ -225,7 +225,7 @@ static void record_encode_codes(int32_t head_dim, const float * x, record & r) {
 }
 
 template <int bits>
-static void record_decode_codes(int32_t head_dim, const record & r, float * x) {
+static void record_decode_codes(int32_t head_dim, const monarch_codec_record & r, float * x) {
     const monarch_codec_points & points = points_of_bits<bits>();
 
     const int32_t n_pairs = head_dim/2;
@@ -236,7 +236,7 @@ static void record_decode_codes(int32_t head_dim, const record & r, float * x) {
     }
 }
 
-static void record_decode(int32_t head_dim, int32_t bits, const record & r, float * x) {
+static void record_decode(int32_t head_dim, int32_t bits, const monarch_codec_record & r, float * x) {
     switch (bits) {
         case 2: record_decode_codes<2>(head_dim, r, x); break;
         case 3: record_decode_codes<3>(head_dim, r, x); break;
@@ -244,14 +244,14 @@ static void record_decode(int32_t head_dim, int32_t bits, const record & r, floa
     }
 }
 
-static void record_add_residual(int32_t head_dim, const record & r, float * x) {
+static void record_add_residual(int32_t head_dim, const monarch_codec_record & r, float * x) {
     const float step = monarch_f16_to_f32(r.step);
     for (int32_t i = 0; i < head_dim; ++i) {
         x[i] += r.negative[i] ? -step : step;
     }
 }
 
-static void record_encode_residual(int32_t head_dim, int32_t bits, const float * x, record & r) {
+static void record_encode_residual(int32_t head_dim, int32_t bits, const float * x, monarch_codec_record & r) {
     float rest     [MONARCH_MAX_HEAD_DIM];
     float magnitude[MONARCH_MAX_HEAD_DIM];
 
@@ -269,7 +269,7 @@ static void record_encode_residual(int32_t head_dim, int32_t bits, const float *
     r.step = monarch_f32_to_f16(sum_of_lanes(magnitude, head_dim)/(float) head_dim);
 }
 
-static void record_encode(int32_t head_dim, int32_t bits, bool residual, const float * x, record & r) {
+static void record_encode(int32_t head_dim, int32_t bits, bool residual, const float * x, monarch_codec_record & r) {
     float rotated[MONARCH_MAX_HEAD_DIM];
     for (int32_t i = 0; i < head_dim; ++i) {
         rotated[i] = monarch_f16_clamp(x[i]);
@@ -345,9 +345,9 @@ static void encode_page_k(const monarch_codec * codec, const monarch_codec_layou
         encode_f16(page_size*head_dim, k, dst + layout.k_codes);
         return;
     }
-    uint8_t codes[MAX_CODES];
+    uint8_t codes[MONARCH_MAX_CODES];
     for (int32_t t = 0; t < page_size; ++t) {
-        record r;
+        monarch_codec_record r;
         record_encode(head_dim, codec->bits_k, residual, k + t*head_dim, r);
 
         for (int32_t p = 0; p < n_pairs; ++p) {
@@ -374,9 +374,9 @@ static void encode_page_v(const monarch_codec * codec, const monarch_codec_layou
         encode_f16(page_size*head_dim, v, dst + layout.v_codes);
         return;
     }
-    uint8_t codes[MAX_CODES];
+    uint8_t codes[MONARCH_MAX_CODES];
     for (int32_t t = 0; t < page_size; ++t) {
-        record r;
+        monarch_codec_record r;
         record_encode(head_dim, codec->bits_v, false, v + t*head_dim, r);
 
         for (int32_t p = 0; p < n_pairs; ++p) {
@@ -408,10 +408,10 @@ void monarch_codec_decode_page_k(const monarch_codec * codec, const uint8_t * sr
         decode_f16(page_size*head_dim, src + layout.k_codes, k);
         return;
     }
-    uint8_t codes[MAX_CODES];
+    uint8_t codes[MONARCH_MAX_CODES];
     codes_unpack(codec->bits_k, page_size*n_pairs, src + layout.k_codes, codes);
     for (int32_t t = 0; t < page_size; ++t) {
-        record r;
+        monarch_codec_record r;
         memcpy(&r.scale, src + layout.k_scales + 2*t, sizeof(r.scale));
         for (int32_t p = 0; p < n_pairs; ++p) {
             r.codes[p] = codes[k_index(page_size, t, p)];
@@ -439,10 +439,10 @@ void monarch_codec_decode_page_v(const monarch_codec * codec, const uint8_t * sr
         decode_f16(page_size*head_dim, src + layout.v_codes, v);
         return;
     }
-    uint8_t codes[MAX_CODES];
+    uint8_t codes[MONARCH_MAX_CODES];
     codes_unpack(codec->bits_v, page_size*n_pairs, src + layout.v_codes, codes);
     for (int32_t t = 0; t < page_size; ++t) {
-        record r;
+        monarch_codec_record r;
         memcpy(&r.scale, src + layout.v_scales + 2*t, sizeof(r.scale));
         for (int32_t p = 0; p < n_pairs; ++p) {
             r.codes[p] = codes[v_index(n_pairs, t, p)];

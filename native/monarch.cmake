@@ -58,7 +58,7 @@ function(monarch_add_ggml_cuda target)
 endfunction()
 
 function(monarch_add_llama target)
-    target_sources(${target} PRIVATE
+    set(sources
         ${MONARCH_DIR}/monarch-api.cpp
         ${MONARCH_DIR}/monarch-graph.cpp
         ${MONARCH_DIR}/monarch-knobs.cpp
@@ -68,16 +68,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-page-table.cpp
         ${MONARCH_DIR}/monarch-place.cpp
         ${MONARCH_DIR}/monarch-stats.cpp)
+    target_sources(${target} PRIVATE ${sources})
     target_include_directories(${target} PRIVATE ${MONARCH_DIR})
-    set_source_files_properties(
-        ${MONARCH_DIR}/monarch-api.cpp
-        ${MONARCH_DIR}/monarch-graph.cpp
-        ${MONARCH_DIR}/monarch-knobs.cpp
-        ${MONARCH_DIR}/monarch-kv-cache.cpp
-        ${MONARCH_DIR}/monarch-kv-cache-state.cpp
-        ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
-        ${MONARCH_DIR}/monarch-page-table.cpp
-        ${MONARCH_DIR}/monarch-place.cpp
-        ${MONARCH_DIR}/monarch-stats.cpp
-        PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+    set_source_files_properties(${sources} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endfunction()
