@@ -29,22 +29,22 @@ struct monarch_cuda_matrix {
 };
 
 struct monarch_cuda_attend {
-    monarch_op_params          op;
+    monarch_op_params   op;
     monarch_cuda_matrix q;
-    struct monarch_cuda_matrix k;
-    struct monarch_cuda_matrix v;
-    struct monarch_cuda_matrix mask;
-    struct monarch_cuda_matrix dst;
-    const uint8_t            * pool;
-    const uint8_t            * summary;
-    char                     * state;
-    char                     * frames; // null: none
-    int32_t                  * table;
-    int32_t                    n_head_kv;
-    int32_t                    n_gqa;
-    int32_t                    n_tokens;
-    int32_t                    n_kv;
-    int32_t                    n_pages_max;
+    monarch_cuda_matrix k;
+    monarch_cuda_matrix v;
+    monarch_cuda_matrix mask;
+    monarch_cuda_matrix dst;
+    const uint8_t     * pool;
+    const uint8_t     * summary;
+    char              * state;
+    char              * frames; // null: none
+    int32_t           * table;
+    int32_t             n_head_kv;
+    int32_t             n_gqa;
+    int32_t             n_tokens;
+    int32_t             n_kv;
+    int32_t             n_pages_max;
 
     // queries
     int32_t n_block;  // tokens of a block

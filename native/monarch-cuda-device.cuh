@@ -75,6 +75,20 @@ MONARCH_DEVICE float monarch_block_sum(float x, float * scratch) {
     return x;
 }
 
+// a thread's share of n things: neighbours, so that sums over threads are in the order of the things
+struct monarch_share {
+    int32_t i0;
+    int32_t i1;
+};
+
+MONARCH_DEVICE monarch_share monarch_share_get(int32_t n) {
+    const int32_t n_share = (n + (int32_t) blockDim.x - 1)/(int32_t) blockDim.x;
+    const int32_t i0      = (int32_t) threadIdx.x*n_share;
+
+    const monarch_share res = { i0 < n ? i0 : n, i0 + n_share < n ? i0 + n_share : n };
+    return res;
+}
+
 // the sum of x over this thread and those before it; sums: one to a thread, the last one the total until it is written again
 MONARCH_DEVICE int32_t monarch_block_scan(int32_t x, int32_t * sums) {
     const int32_t i = threadIdx.x;

@@ -45,17 +45,15 @@ MONARCH_DEVICE int32_t monarch_find_missed(
     const int32_t   n_chosen = a.n_chosen[group.i];
     const int32_t * chosen   = a.chosen + (size_t) group.i*a.n_pages_max;
 
-    const int32_t n_run = (n_chosen + blockDim.x - 1)/blockDim.x;
-    const int32_t i0    = threadIdx.x*n_run;
-    const int32_t i1    = i0 + n_run < n_chosen ? i0 + n_run : n_chosen;
+    const monarch_share share = monarch_share_get(n_chosen);
 
     int32_t n_missed = 0;
-    for (int32_t i = i0; i < i1; ++i) {
+    for (int32_t i = share.i0; i < share.i1; ++i) {
         n_missed += monarch_frame_find(head, a.op.n_frames, group.table[chosen[i]].page) < 0;
     }
 
     int32_t i_missed = monarch_block_scan(n_missed, sums) - n_missed;
-    for (int32_t i = i0; i < i1 && i_missed < n_max; ++i) {
+    for (int32_t i = share.i0; i < share.i1 && i_missed < n_max; ++i) {
         const int32_t page = group.table[chosen[i]].page;
 
         if (monarch_frame_find(head, a.op.n_frames, page) < 0) {
@@ -114,14 +112,11 @@ MONARCH_DEVICE void monarch_plan_group_frames(const monarch_cuda_attend & a, con
     int32_t n_equal;
     const int32_t oldest = monarch_find_age(a, head, n_wanted, histogram, n_equal);
 
-    // threads take runs of neighbours
-    const int32_t n_run = (a.op.n_frames + blockDim.x - 1)/blockDim.x;
-    const int32_t i0    = threadIdx.x*n_run;
-    const int32_t i1    = i0 + n_run < a.op.n_frames ? i0 + n_run : a.op.n_frames;
+    const monarch_share share = monarch_share_get(a.op.n_frames);
 
     int32_t n_own_older = 0;
     int32_t n_own_equal = 0;
-    for (int32_t i = i0; i < i1; ++i) {
+    for (int32_t i = share.i0; i < share.i1; ++i) {
         const int32_t age = monarch_frame_get_age(page[i], used[i], step);
 
         n_own_older += age > oldest;
@@ -137,7 +132,7 @@ MONARCH_DEVICE void monarch_plan_group_frames(const monarch_cuda_attend & a, con
     int32_t ic = monarch_block_scan(n_own_older + n_taken, sums) - n_own_older - n_taken;
 
     int32_t n_seen = 0;
-    for (int32_t i = i0; i < i1; ++i) {
+    for (int32_t i = share.i0; i < share.i1; ++i) {
         const int32_t age = monarch_frame_get_age(page[i], used[i], step);
 
         if (age > oldest || (age == oldest && n_seen++ < n_taken)) {

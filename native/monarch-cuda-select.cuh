@@ -113,22 +113,66 @@ MONARCH_KERNEL monarch_estimate_pages(const monarch_cuda_attend a) {
     a.probability[(size_t) group.i*a.n_pages_max + i] = res;
 }
 
+#define MONARCH_SELECT_DIGITS 256 // of a key: its bytes
+
+// of a block that chooses; integers
+struct monarch_select {
+    int32_t * histogram; // [MONARCH_SELECT_DIGITS]
+    int32_t * digit;     // found for all threads
+    int32_t * left;
+    int32_t * sums;      // [MONARCH_SELECT_THREADS]
+};
+
+static size_t monarch_select_shared() {
+    return (MONARCH_SELECT_DIGITS + 2 + MONARCH_SELECT_THREADS)*sizeof(int32_t);
+}
+
+MONARCH_DEVICE monarch_select monarch_select_get(float * shared) {
+    monarch_select res;
+
+    res.histogram = (int32_t *) shared;
+    res.digit     = res.histogram + MONARCH_SELECT_DIGITS;
+    res.left      = res.digit + 1;
+    res.sums      = res.left  + 1;
+
+    return res;
+}
+
+// the ranks of this thread's pages, below 0 of those that are no candidates; returns how many are
+MONARCH_DEVICE int32_t monarch_select_rank(const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_policy & policy, float * rank) {
+    monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
+
+    const float         * importance  = monarch_head_state_importance(head, a.n_pages_max);
+    const uint8_t       * count       = monarch_head_state_count     (head, a.n_pages_max);
+    const float         * probability = a.probability + (size_t) group.i*a.n_pages_max;
+    const monarch_share   share       = monarch_share_get(group.n_pages);
+
+    int32_t res = 0;
+    for (int32_t i = share.i0; i < share.i1; ++i) {
+        const int32_t page = group.table[i].page;
+
+        float x;
+        const bool is_candidate = monarch_policy_get_rank(&policy, count[page], importance[page], probability[i], &x);
+
+        rank[i] = is_candidate ? x : -1.0f;
+        res += is_candidate;
+    }
+    return res;
+}
+
 // Candidates' ranks as integers in the same order, one more than their bits; 0: no candidate
 MONARCH_DEVICE uint32_t monarch_select_key(const float * rank, int32_t i) {
     return rank[i] < 0.0f ? 0 : monarch_float_to_bits(rank[i]) + 1;
 }
 
 // the key of the last page that is chosen, a byte at a time; of those that have it, the last n_equal are chosen
-MONARCH_DEVICE uint32_t monarch_select_threshold(const float * rank, int32_t n_pages, int32_t n_budget, int32_t * histogram, int32_t & n_equal) {
-    int32_t * digit = histogram + 256;
-    int32_t * left  = histogram + 257;
-
+MONARCH_DEVICE uint32_t monarch_select_threshold(const float * rank, int32_t n_pages, int32_t n_budget, const monarch_select & s, int32_t & n_equal) {
     uint32_t prefix = 0;
     int32_t  n_left = n_budget;
 
     for (int32_t shift = 24; shift >= 0; shift -= 8) {
-        for (int32_t i = threadIdx.x; i < 256; i += blockDim.x) {
-            histogram[i] = 0;
+        for (int32_t i = threadIdx.x; i < MONARCH_SELECT_DIGITS; i += blockDim.x) {
+            s.histogram[i] = 0;
         }
         __syncthreads();
 
@@ -136,23 +180,23 @@ MONARCH_DEVICE uint32_t monarch_select_threshold(const float * rank, int32_t n_p
             const uint32_t key = monarch_select_key(rank, i);
 
             if (key != 0 && ((uint64_t) (key ^ prefix) >> (shift + 8)) == 0) {
-                atomicAdd(&histogram[key >> shift & 255], 1);
+                atomicAdd(&s.histogram[key >> shift & 255], 1);
             }
         }
         __syncthreads();
 
         if (threadIdx.x == 0) {
-            int32_t i = 255;
-            for (; i > 0 && histogram[i] < n_left; --i) {
-                n_left -= histogram[i];
+            int32_t i = MONARCH_SELECT_DIGITS - 1;
+            for (; i > 0 && s.histogram[i] < n_left; --i) {
+                n_left -= s.histogram[i];
             }
-            *digit = i;
-            *left  = n_left;
+            *s.digit = i;
+            *s.left  = n_left;
         }
         __syncthreads();
 
-        prefix |= (uint32_t) *digit << shift;
-        n_left  = *left;
+        prefix |= (uint32_t) *s.digit << shift;
+        n_left  = *s.left;
     }
 
     n_equal = n_left;
@@ -160,63 +204,13 @@ MONARCH_DEVICE uint32_t monarch_select_threshold(const float * rank, int32_t n_p
     return prefix;
 }
 
-// grid: groups; shared: 258 + MONARCH_SELECT_THREADS integers
-MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
-    MONARCH_SHARED(shared);
-
-    const monarch_cuda_group group = monarch_group_get(a, blockIdx.x);
-
-    const int32_t mode    = group.mode;
-    const int32_t n_pages = group.n_pages;
-
-    if (mode != MONARCH_MODE_PAGED) {
-        if (threadIdx.x == 0) {
-            a.n_chosen[group.i] = mode == MONARCH_MODE_EXACT ? n_pages : 0;
-        }
-        return;
-    }
-
-    const monarch_policy        policy = monarch_policy_from_table(a.table, a.op.dense);
-    const monarch_table_entry * table  = group.table;
-
-    monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
-
-    const float   * importance  = monarch_head_state_importance(head, a.n_pages_max);
-    const uint8_t * count       = monarch_head_state_count     (head, a.n_pages_max);
-    const float   * probability = a.probability + (size_t) group.i*a.n_pages_max;
-    float         * rank        = a.rank        + (size_t) group.i*a.n_pages_max;
-    int32_t       * chosen      = a.chosen      + (size_t) group.i*a.n_pages_max;
-
-    int32_t * histogram = (int32_t *) shared;
-    int32_t * sums      = histogram + 258;
-
-    // threads take runs of neighbours, so that sums over threads are in the order of the table
-    const int32_t n_run = (n_pages + blockDim.x - 1)/blockDim.x;
-    const int32_t i0    = threadIdx.x*n_run;
-    const int32_t i1    = i0 + n_run < n_pages ? i0 + n_run : n_pages;
-
-    int32_t n_candidates = 0;
-    for (int32_t i = i0; i < i1; ++i) {
-        const int32_t page = table[i].page;
-
-        float x;
-        const bool is_candidate = monarch_policy_get_rank(&policy, count[page], importance[page], probability[i], &x);
-
-        rank[i] = is_candidate ? x : -1.0f;
-        n_candidates += is_candidate;
-    }
-    monarch_block_scan(n_candidates, sums);
-
-    uint32_t threshold = 0; // all candidates are chosen
-    int32_t  n_equal   = 0;
-    if (sums[blockDim.x - 1] > policy.n_budget) {
-        threshold = monarch_select_threshold(rank, n_pages, policy.n_budget, histogram, n_equal);
-    }
-    __syncthreads();
+// the pages whose keys are greater than the threshold, and of those that have it the last n_equal; returns how many
+MONARCH_DEVICE int32_t monarch_select_write(int32_t n_pages, uint32_t threshold, int32_t n_equal, float * rank, int32_t * chosen, int32_t * sums) {
+    const monarch_share share = monarch_share_get(n_pages);
 
     int32_t n_own_greater = 0;
     int32_t n_own_equal   = 0;
-    for (int32_t i = i0; i < i1; ++i) {
+    for (int32_t i = share.i0; i < share.i1; ++i) {
         const uint32_t key = monarch_select_key(rank, i);
 
         n_own_greater += key > threshold;
@@ -234,10 +228,10 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
     int32_t ic = monarch_block_scan(n_own, sums) - n_own;
 
     int32_t n_seen = 0;
-    for (int32_t i = i0; i < i1; ++i) {
+    for (int32_t i = share.i0; i < share.i1; ++i) {
         const uint32_t key = monarch_select_key(rank, i);
 
-        const bool is_equal = key == threshold && threshold != 0;
+        const bool is_equal  = key == threshold && threshold != 0;
         const bool is_chosen = key > threshold || (is_equal && n_seen >= n_left_out);
         if (is_chosen) {
             chosen[ic++] = i;
@@ -245,8 +239,41 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
         n_seen += is_equal;
         rank[i] = is_chosen ? 1.0f : 0.0f; // from now on
     }
+    return sums[blockDim.x - 1];
+}
+
+// grid: groups; shared: monarch_select_shared()
+MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
+    MONARCH_SHARED(shared);
+
+    const monarch_cuda_group group = monarch_group_get(a, blockIdx.x);
+
+    if (group.mode != MONARCH_MODE_PAGED) {
+        if (threadIdx.x == 0) {
+            a.n_chosen[group.i] = group.mode == MONARCH_MODE_EXACT ? group.n_pages : 0;
+        }
+        return;
+    }
+
+    const monarch_policy policy = monarch_policy_from_table(a.table, a.op.dense);
+    const monarch_select s      = monarch_select_get(shared);
+
+    float   * rank   = a.rank   + (size_t) group.i*a.n_pages_max;
+    int32_t * chosen = a.chosen + (size_t) group.i*a.n_pages_max;
+
+    monarch_block_scan(monarch_select_rank(a, group, policy, rank), s.sums);
+
+    uint32_t threshold = 0; // all candidates are chosen
+    int32_t  n_equal   = 0;
+    if (s.sums[blockDim.x - 1] > policy.n_budget) {
+        threshold = monarch_select_threshold(rank, group.n_pages, policy.n_budget, s, n_equal);
+    }
+    __syncthreads();
+
+    const int32_t n_chosen = monarch_select_write(group.n_pages, threshold, n_equal, rank, chosen, s.sums);
+
     if (threadIdx.x == 0) {
-        a.n_chosen[group.i] = sums[blockDim.x - 1];
+        a.n_chosen[group.i] = n_chosen;
     }
 }
 
@@ -330,10 +357,9 @@ MONARCH_DEVICE int32_t monarch_lower_bound(const int32_t * list, int32_t n, int3
 MONARCH_DEVICE void monarch_write_group_log(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t * sums) {
     monarch_head_state * head = monarch_state_head(a.state, a.n_pages_max, group.head_kv);
 
-    const monarch_policy  policy   = monarch_policy_from_table(a.table, a.op.dense);
-    const int32_t         n_pages  = group.n_pages;
-    const int32_t         n_chosen = a.n_chosen[group.i];
-    const int32_t         n_before = head->n_log;
+    const monarch_policy policy   = monarch_policy_from_table(a.table, a.op.dense);
+    const int32_t        n_chosen = a.n_chosen[group.i];
+    const int32_t        n_before = head->n_log;
 
     const uint8_t     * count       = monarch_head_state_count    (head, a.n_pages_max);
     int32_t           * index       = monarch_head_state_log_index(head, a.n_pages_max);
@@ -353,17 +379,15 @@ MONARCH_DEVICE void monarch_write_group_log(const monarch_cuda_attend & a, const
     }
     __syncthreads();
 
-    const int32_t n_run = (n_pages + blockDim.x - 1)/blockDim.x;
-    const int32_t i0    = (int32_t) threadIdx.x*n_run < n_pages ? (int32_t) threadIdx.x*n_run : n_pages;
-    const int32_t i1    = i0 + n_run < n_pages ? i0 + n_run : n_pages;
-    const int32_t ic0   = monarch_lower_bound(chosen, n_chosen, i0);
+    const monarch_share share = monarch_share_get(group.n_pages);
+    const int32_t       ic0   = monarch_lower_bound(chosen, n_chosen, share.i0);
 
     int32_t n_log = n_before; // and the new entries of the threads before this one
     for (int32_t pass = 0; pass < 2; ++pass) {
         int32_t n_new = 0;
         int32_t ic    = ic0;
 
-        for (int32_t i = i0; i < i1; ++i) {
+        for (int32_t i = share.i0; i < share.i1; ++i) {
             const int32_t page      = group.table[i].page;
             const bool    is_sticky = monarch_policy_is_sticky(&policy, count[page]);
             const bool    is_chosen = ic < n_chosen && chosen[ic] == i;

@@ -71,7 +71,7 @@ static int32_t monarch_cuda_clamp(int64_t x, int64_t lo, int64_t hi) {
 
 // the rows that a thread block attends
 static int32_t monarch_cuda_row_tile(int32_t n_rows) {
-    return n_rows >= 8 ? 8 : n_rows > 2 ? 4 + 4*(n_rows > 4) : n_rows;
+    return n_rows > 4 ? 8 : n_rows > 2 ? 4 : n_rows;
 }
 
 // parts and launches, from shapes alone
@@ -142,11 +142,11 @@ static void monarch_cuda_launch_select(const monarch_cuda_attend & a, int32_t n_
     const dim3 rows (a.n_rows, n_groups);
     const dim3 pages((a.n_pages_max + MONARCH_THREADS - 1)/MONARCH_THREADS, n_groups);
 
-    MONARCH_LAUNCH(monarch_score_pages,    pages,    MONARCH_THREADS,        n_rows*2*head_dim*sizeof(float),                       stream, a, n_rows);
-    MONARCH_LAUNCH(monarch_estimate_rows,  rows,     MONARCH_THREADS,        MONARCH_THREADS/MONARCH_WARP*sizeof(float),            stream, a);
-    MONARCH_LAUNCH(monarch_estimate_pages, pages,    MONARCH_THREADS,        0,                                                     stream, a);
-    MONARCH_LAUNCH(monarch_select_pages,   n_groups, MONARCH_SELECT_THREADS, (258 + MONARCH_SELECT_THREADS)*sizeof(int32_t),        stream, a);
-    MONARCH_LAUNCH(monarch_estimate_rest,  rows,     MONARCH_THREADS,        MONARCH_THREADS/MONARCH_WARP*sizeof(float),            stream, a);
+    MONARCH_LAUNCH(monarch_score_pages,    pages,    MONARCH_THREADS,        n_rows*2*head_dim*sizeof(float),            stream, a, n_rows);
+    MONARCH_LAUNCH(monarch_estimate_rows,  rows,     MONARCH_THREADS,        MONARCH_THREADS/MONARCH_WARP*sizeof(float), stream, a);
+    MONARCH_LAUNCH(monarch_estimate_pages, pages,    MONARCH_THREADS,        0,                                          stream, a);
+    MONARCH_LAUNCH(monarch_select_pages,   n_groups, MONARCH_SELECT_THREADS, monarch_select_shared(),                    stream, a);
+    MONARCH_LAUNCH(monarch_estimate_rest,  rows,     MONARCH_THREADS,        MONARCH_THREADS/MONARCH_WARP*sizeof(float), stream, a);
 }
 
 static void monarch_cuda_forward_attend(ggml_tensor * dst, int32_t n_sm, void * work, cudaStream_t stream) {
