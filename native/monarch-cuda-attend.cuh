@@ -253,6 +253,34 @@ MONARCH_KERNEL monarch_rotate_queries(const monarch_cuda_attend a) {
 // attention
 //
 
+// what a thread of a block that attends ROWS rows does of a tile
+struct monarch_seat {
+    int32_t row0;    // of the block
+    int32_t n_rows;
+    int32_t warp;    // its slice of K, and of the rows when they are weighed
+    int32_t lane;    // its token of K
+    int32_t team;    // its tokens of V; those that are not in a whole team have none
+    int32_t n_teams;
+    int32_t p;       // its pair of values of V
+};
+
+template <int ROWS>
+MONARCH_DEVICE monarch_seat monarch_seat_get(const monarch_cuda_group & group, int32_t head_dim) {
+    const int32_t n_pairs = head_dim/2;
+
+    monarch_seat res;
+
+    res.row0    = blockIdx.y*ROWS;
+    res.n_rows  = group.n_rows - res.row0 < ROWS ? group.n_rows - res.row0 : ROWS;
+    res.warp    = threadIdx.x/MONARCH_WARP;
+    res.lane    = threadIdx.x%MONARCH_WARP;
+    res.team    = threadIdx.x/n_pairs;
+    res.n_teams = MONARCH_THREADS/n_pairs;
+    res.p       = threadIdx.x%n_pairs;
+
+    return res;
+}
+
 // shared memory of a block that attends ROWS rows; floats
 struct monarch_tile {
     float   * q;      // [ROWS][head_dim]
@@ -298,16 +326,16 @@ static size_t monarch_tile_size(int32_t n_rows, int32_t head_dim) {
 
 // the rows of this block
 template <int ROWS>
-MONARCH_DEVICE void monarch_tile_begin(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t row0, int32_t n_rows, bool is_rotated, const monarch_tile & tile) {
+MONARCH_DEVICE void monarch_tile_begin(const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, bool is_rotated, const monarch_tile & tile) {
     const int32_t head_dim = a.op.codec.head_dim;
 
     for (int32_t r = 0; r < ROWS; ++r) {
         const float * q = is_rotated ?
-            a.q_rot + monarch_row_index(a, group, row0 + r)*head_dim :
-            monarch_row_query(a, group, row0 + r);
+            a.q_rot + monarch_row_index(a, group, seat.row0 + r)*head_dim :
+            monarch_row_query(a, group, seat.row0 + r);
 
         for (int32_t i = threadIdx.x; i < head_dim; i += blockDim.x) {
-            tile.q[r*head_dim + i] = r < n_rows ? q[i] : 0.0f;
+            tile.q[r*head_dim + i] = r < seat.n_rows ? q[i] : 0.0f;
         }
     }
     for (int32_t i = threadIdx.x; i < ROWS*MONARCH_TILE; i += blockDim.x) {
@@ -319,6 +347,14 @@ MONARCH_DEVICE void monarch_tile_begin(const monarch_cuda_attend & a, const mona
         tile.sum   [r] = 0.0f;
     }
     __syncthreads();
+}
+
+// what this thread's slice adds to the dot products of its token
+template <int ROWS>
+MONARCH_DEVICE void monarch_tile_put_dots(const monarch_tile & tile, const monarch_seat & seat, const float * dot) {
+    for (int32_t r = 0; r < ROWS; ++r) {
+        tile.logits[(seat.warp*ROWS + r)*MONARCH_TILE + seat.lane] = dot[r];
+    }
 }
 
 // A warp adds a tile's logits of one row to its softmax; returns the token's weight. The tile's weights are scaled
@@ -355,32 +391,46 @@ MONARCH_DEVICE float monarch_tile_logit(const monarch_tile & tile, int32_t row) 
     return res;
 }
 
-// Threads take pairs of values of V: pair threadIdx.x % n_pairs of every n_teams'th quad of tokens
+// accumulators move on to the scale of this tile
+template <int ROWS>
+MONARCH_DEVICE void monarch_tile_rescale(const monarch_tile & tile, float * acc_x, float * acc_y) {
+    for (int32_t r = 0; r < ROWS; ++r) {
+        acc_x[r] *= tile.factor[r];
+        acc_y[r] *= tile.factor[r];
+    }
+}
+
+// a pair of values of the V of a token; weight: the token's, of every row
+template <int ROWS>
+MONARCH_DEVICE void monarch_tile_add_v(const float * weight, float x, float y, float * acc_x, float * acc_y) {
+    for (int32_t r = 0; r < ROWS; ++r) {
+        acc_x[r] = fmaf(weight[r*MONARCH_TILE], x, acc_x[r]);
+        acc_y[r] = fmaf(weight[r*MONARCH_TILE], y, acc_y[r]);
+    }
+}
+
+// the teams' accumulators, added up
 template <int ROWS>
 MONARCH_DEVICE void monarch_tile_end(
-        const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t row0, int32_t n_rows, int32_t part, const monarch_tile & tile,
+        const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, int32_t part, const monarch_tile & tile,
         const float * acc_x, const float * acc_y) {
     const int32_t head_dim = a.op.codec.head_dim;
     const int32_t n_pairs  = head_dim/2;
-    const int32_t n_teams  = MONARCH_THREADS/n_pairs;
 
-    const int32_t team = threadIdx.x/n_pairs;
-    const int32_t p    = threadIdx.x%n_pairs;
-
-    if (team < n_teams) {
+    if (seat.team < seat.n_teams) {
         for (int32_t r = 0; r < ROWS; ++r) {
-            tile.acc[(team*ROWS + r)*head_dim + p]           = acc_x[r];
-            tile.acc[(team*ROWS + r)*head_dim + p + n_pairs] = acc_y[r];
+            tile.acc[(seat.team*ROWS + r)*head_dim + seat.p]           = acc_x[r];
+            tile.acc[(seat.team*ROWS + r)*head_dim + seat.p + n_pairs] = acc_y[r];
         }
     }
     __syncthreads();
 
-    for (int32_t r = 0; r < n_rows; ++r) {
-        const size_t i_part = monarch_part_index(a, group, row0 + r, part);
+    for (int32_t r = 0; r < seat.n_rows; ++r) {
+        const size_t i_part = monarch_part_index(a, group, seat.row0 + r, part);
 
         for (int32_t i = threadIdx.x; i < head_dim; i += blockDim.x) {
             float sum = 0.0f;
-            for (int32_t t = 0; t < n_teams; ++t) {
+            for (int32_t t = 0; t < seat.n_teams; ++t) {
                 sum += tile.acc[(t*ROWS + r)*head_dim + i];
             }
             a.part_acc[i_part*head_dim + i] = sum;
@@ -417,25 +467,24 @@ MONARCH_DEVICE bool monarch_group_has_rest(const monarch_cuda_attend & a, const 
 }
 
 // a part's sums over V, of which every team of threads has some; n_seen: of a lane of the first warp
-MONARCH_DEVICE void monarch_rest_end(const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_tile & tile, float sum_x, float sum_y, int32_t n_seen) {
+MONARCH_DEVICE void monarch_rest_end(
+        const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, const monarch_tile & tile,
+        float sum_x, float sum_y, int32_t n_seen) {
     const int32_t head_dim = a.op.codec.head_dim;
     const int32_t n_pairs  = head_dim/2;
-    const int32_t n_teams  = MONARCH_THREADS/n_pairs;
-    const int32_t team     = threadIdx.x/n_pairs;
-    const int32_t p        = threadIdx.x%n_pairs;
     const size_t  i_part   = (size_t) group.i*a.n_hot + blockIdx.x;
 
     __syncthreads(); // the accumulators of the rows have been read
 
-    if (team < n_teams) {
-        tile.acc[team*head_dim + p]           = sum_x;
-        tile.acc[team*head_dim + p + n_pairs] = sum_y;
+    if (seat.team < seat.n_teams) {
+        tile.acc[seat.team*head_dim + seat.p]           = sum_x;
+        tile.acc[seat.team*head_dim + seat.p + n_pairs] = sum_y;
     }
     __syncthreads();
 
     for (int32_t i = threadIdx.x; i < head_dim; i += blockDim.x) {
         float sum = 0.0f;
-        for (int32_t t = 0; t < n_teams; ++t) {
+        for (int32_t t = 0; t < seat.n_teams; ++t) {
             sum += tile.acc[t*head_dim + i];
         }
         a.part_v[i_part*head_dim + i] = sum;
@@ -449,6 +498,35 @@ MONARCH_DEVICE void monarch_rest_end(const monarch_cuda_attend & a, const monarc
     }
 }
 
+// this slice's part of a slot's dot products
+template <int ROWS>
+MONARCH_DEVICE void monarch_hot_dot(const monarch_cuda_attend & a, const char * k, int32_t slice, const monarch_tile & tile, float * dot) {
+    const int32_t head_dim = a.op.codec.head_dim;
+
+    for (int32_t d = slice*(head_dim/MONARCH_SLICES); d < (slice + 1)*(head_dim/MONARCH_SLICES); d += 4) {
+        float x[4];
+        monarch_ring_load(a.k.type, k, d, x);
+        for (int32_t j = 0; j < 4; ++j) {
+            for (int32_t r = 0; r < ROWS; ++r) {
+                dot[r] = fmaf(tile.q[r*head_dim + d + j], x[j], dot[r]);
+            }
+        }
+    }
+}
+
+// a warp's rows: logits of slot i_kv under the mask, and how many rows see it
+template <int ROWS>
+MONARCH_DEVICE void monarch_hot_weigh(const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, int32_t i_kv, const monarch_tile & tile) {
+    for (int32_t r = seat.warp; r < seat.n_rows; r += MONARCH_SLICES) {
+        const float mask = i_kv < a.n_kv ? monarch_mask_get(a, i_kv, monarch_row_token(a, group, seat.row0 + r)) : -INFINITY;
+
+        if (mask > -INFINITY) {
+            atomicAdd(&tile.n_rows[seat.lane], 1);
+        }
+        monarch_tile_add(tile, r, mask == -INFINITY ? mask : a.op.kq_scale*monarch_tile_logit<ROWS>(tile, r) + mask, 1.0f);
+    }
+}
+
 // grid: parts, tiles of rows, groups
 template <int ROWS>
 MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
@@ -458,88 +536,59 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
 
     const int32_t head_dim = a.op.codec.head_dim;
     const int32_t n_pairs  = head_dim/2;
-    const int32_t n_teams  = MONARCH_THREADS/n_pairs;
-    const int32_t row0     = blockIdx.y*ROWS;
 
-    if (row0 >= group.n_rows) {
+    if ((int32_t) blockIdx.y*ROWS >= group.n_rows) {
         return;
     }
 
-    const int32_t n_rows = group.n_rows - row0 < ROWS ? group.n_rows - row0 : ROWS;
-    const int32_t warp   = threadIdx.x/MONARCH_WARP;
-    const int32_t lane   = threadIdx.x%MONARCH_WARP;
-    const int32_t team   = threadIdx.x/n_pairs;
-    const int32_t p      = threadIdx.x%n_pairs;
-
+    const monarch_seat seat = monarch_seat_get<ROWS>(group, head_dim);
     const monarch_tile tile = monarch_tile_get<ROWS>(shared, head_dim);
-    monarch_tile_begin<ROWS>(a, group, row0, n_rows, false, tile);
+    monarch_tile_begin<ROWS>(a, group, seat, false, tile);
 
     float acc_x[ROWS] = { 0 };
     float acc_y[ROWS] = { 0 };
 
     // one tile of rows is enough for the sums over V
-    const bool has_rest = row0 == 0 && monarch_group_has_rest(a, group);
+    const bool has_rest = seat.row0 == 0 && monarch_group_has_rest(a, group);
 
     float   sum_x  = 0.0f;
     float   sum_y  = 0.0f;
     int32_t n_seen = 0;
 
     for (int32_t i0 = blockIdx.x*MONARCH_TILE; i0 < a.n_kv; i0 += a.n_hot*MONARCH_TILE) {
-        // a lane takes a slot, a warp a slice of its values
+        const int32_t i_kv = i0 + seat.lane;
+
         float dot[ROWS] = { 0 };
-        if (i0 + lane < a.n_kv) {
-            const char * k = a.k.data + group.head_kv*a.k.nb1 + (i0 + lane)*a.k.nb2;
-
-            for (int32_t d = warp*(head_dim/MONARCH_SLICES); d < (warp + 1)*(head_dim/MONARCH_SLICES); d += 4) {
-                float x[4];
-                monarch_ring_load(a.k.type, k, d, x);
-                for (int32_t j = 0; j < 4; ++j) {
-                    for (int32_t r = 0; r < ROWS; ++r) {
-                        dot[r] = fmaf(tile.q[r*head_dim + d + j], x[j], dot[r]);
-                    }
-                }
-            }
+        if (i_kv < a.n_kv) {
+            monarch_hot_dot<ROWS>(a, a.k.data + group.head_kv*a.k.nb1 + i_kv*a.k.nb2, seat.warp, tile, dot);
         }
-        for (int32_t r = 0; r < ROWS; ++r) {
-            tile.logits[(warp*ROWS + r)*MONARCH_TILE + lane] = dot[r];
-        }
-        if (warp == 0) {
-            tile.n_rows[lane] = 0;
+        monarch_tile_put_dots<ROWS>(tile, seat, dot);
+        if (seat.warp == 0) {
+            tile.n_rows[seat.lane] = 0;
         }
         __syncthreads();
 
-        for (int32_t r = warp; r < n_rows; r += MONARCH_SLICES) {
-            const float mask = i0 + lane < a.n_kv ? monarch_mask_get(a, i0 + lane, monarch_row_token(a, group, row0 + r)) : -INFINITY;
-
-            if (mask > -INFINITY) {
-                atomicAdd(&tile.n_rows[lane], 1);
-            }
-            monarch_tile_add(tile, r, mask == -INFINITY ? mask : a.op.kq_scale*monarch_tile_logit<ROWS>(tile, r) + mask, 1.0f);
-        }
-        if (warp == 0) {
-            tile.seen[lane] = has_rest && i0 + lane < a.n_kv && monarch_mask_get(a, i0 + lane, group.i_token) > -INFINITY;
-            n_seen += tile.seen[lane];
+        monarch_hot_weigh<ROWS>(a, group, seat, i_kv, tile);
+        if (seat.warp == 0) {
+            tile.seen[seat.lane] = has_rest && i_kv < a.n_kv && monarch_mask_get(a, i_kv, group.i_token) > -INFINITY;
+            n_seen += tile.seen[seat.lane];
         }
         __syncthreads();
 
-        if (team < n_teams) {
-            for (int32_t r = 0; r < ROWS; ++r) {
-                acc_x[r] *= tile.factor[r];
-                acc_y[r] *= tile.factor[r];
-            }
-            for (int32_t t = team; t < MONARCH_TILE && i0 + t < a.n_kv; t += n_teams) {
+        if (seat.team < seat.n_teams) {
+            monarch_tile_rescale<ROWS>(tile, acc_x, acc_y);
+
+            for (int32_t t = seat.team; t < MONARCH_TILE && i0 + t < a.n_kv; t += seat.n_teams) {
                 if (tile.n_rows[t] == 0) {
                     continue; // what no row sees may be no number
                 }
 
                 const char * v = a.v.data + group.head_kv*a.v.nb1 + (i0 + t)*a.v.nb2;
 
-                const float x = monarch_ring_get(a.v.type, v, p);
-                const float y = monarch_ring_get(a.v.type, v, p + n_pairs);
-                for (int32_t r = 0; r < ROWS; ++r) {
-                    acc_x[r] = fmaf(tile.weight[r*MONARCH_TILE + t], x, acc_x[r]);
-                    acc_y[r] = fmaf(tile.weight[r*MONARCH_TILE + t], y, acc_y[r]);
-                }
+                const float x = monarch_ring_get(a.v.type, v, seat.p);
+                const float y = monarch_ring_get(a.v.type, v, seat.p + n_pairs);
+
+                monarch_tile_add_v<ROWS>(tile.weight + t, x, y, acc_x, acc_y);
                 if (tile.seen[t]) {
                     sum_x += x;
                     sum_y += y;
@@ -549,10 +598,10 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
         __syncthreads();
     }
 
-    monarch_tile_end<ROWS>(a, group, row0, n_rows, blockIdx.x, tile, acc_x, acc_y);
+    monarch_tile_end<ROWS>(a, group, seat, blockIdx.x, tile, acc_x, acc_y);
 
     if (has_rest) {
-        monarch_rest_end(a, group, tile, sum_x, sum_y, n_seen);
+        monarch_rest_end(a, group, seat, tile, sum_x, sum_y, n_seen);
     }
 }
 
@@ -646,9 +695,29 @@ MONARCH_DEVICE void monarch_cold_add(
 
         const float x = codec.bits_v == 16 ? monarch_ring_get(GGML_TYPE_F16, v, p)           : tile.point[512 + code];
         const float y = codec.bits_v == 16 ? monarch_ring_get(GGML_TYPE_F16, v, p + n_pairs) : tile.point[768 + code];
-        for (int32_t r = 0; r < ROWS; ++r) {
-            acc_x[r] = fmaf(weight[r*MONARCH_TILE + j], x, acc_x[r]);
-            acc_y[r] = fmaf(weight[r*MONARCH_TILE + j], y, acc_y[r]);
+
+        monarch_tile_add_v<ROWS>(weight + j, x, y, acc_x, acc_y);
+    }
+}
+
+// a warp's rows: logits of the tile's tokens; scale: of the token's V; ic: the chosen page it is of; n_logged: pages whose mass counts
+template <int ROWS>
+MONARCH_DEVICE void monarch_cold_weigh(
+        const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, bool is_valid, float scale, int32_t ic, int32_t n_logged,
+        const monarch_tile & tile) {
+    const int32_t page_size = a.op.codec.page_size;
+
+    for (int32_t r = seat.warp; r < seat.n_rows; r += MONARCH_SLICES) {
+        const float weight = monarch_tile_add(tile, r, is_valid ? a.op.kq_scale*monarch_tile_logit<ROWS>(tile, r) : -INFINITY, scale);
+
+        __syncwarp();
+
+        if (n_logged > 0) {
+            const float sum = monarch_warp_sum(weight, page_size);
+
+            if (seat.lane%page_size == 0 && ic < n_logged) {
+                a.mass[monarch_row_index(a, group, seat.row0 + r)*a.n_pages_max + ic] = tile.max[r] + logf(sum);
+            }
         }
     }
 }
@@ -662,36 +731,26 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
     const monarch_codec        codec  = a.op.codec;
     const monarch_codec_layout layout = monarch_codec_get_layout(&codec);
 
-    const int32_t head_dim = codec.head_dim;
-    const int32_t n_pairs  = head_dim/2;
-    const int32_t n_teams  = MONARCH_THREADS/n_pairs;
-    const int32_t n_pages  = MONARCH_TILE/codec.page_size; // of a tile
-    const int32_t row0     = blockIdx.y*ROWS;
+    const int32_t n_pages = MONARCH_TILE/codec.page_size; // of a tile
 
-    if (row0 >= group.n_rows) {
+    if ((int32_t) blockIdx.y*ROWS >= group.n_rows) {
         return;
     }
 
-    const int32_t n_rows = group.n_rows - row0 < ROWS ? group.n_rows - row0 : ROWS;
-    const int32_t warp   = threadIdx.x/MONARCH_WARP;
-    const int32_t lane   = threadIdx.x%MONARCH_WARP;
-    const int32_t team   = threadIdx.x/n_pairs;
-    const int32_t p      = threadIdx.x%n_pairs;
-
-    // a lane takes token t of one page of the tile
-    const int32_t i_page = lane/codec.page_size;
-    const int32_t t      = lane%codec.page_size;
-
-    const bool    is_logged = group.is_last && group.mode == MONARCH_MODE_PAGED;
-    const int32_t n_chosen  = a.n_chosen[group.i];
-
-    const int32_t * chosen = a.chosen + (size_t) group.i*a.n_pages_max;
-
-    const monarch_tile tile = monarch_tile_get<ROWS>(shared, head_dim);
-    monarch_tile_begin<ROWS>(a, group, row0, n_rows, codec.bits_k != 16, tile);
+    const monarch_seat seat = monarch_seat_get<ROWS>(group, codec.head_dim);
+    const monarch_tile tile = monarch_tile_get<ROWS>(shared, codec.head_dim);
+    monarch_tile_begin<ROWS>(a, group, seat, codec.bits_k != 16, tile);
 
     monarch_points_fill(codec.bits_k, tile.point,       tile.point + 256);
     monarch_points_fill(codec.bits_v, tile.point + 512, tile.point + 768);
+
+    // a lane takes token t of one page of the tile
+    const int32_t i_page = seat.lane/codec.page_size;
+    const int32_t t      = seat.lane%codec.page_size;
+
+    const int32_t * chosen = a.chosen + (size_t) group.i*a.n_pages_max;
+    const int32_t n_chosen = a.n_chosen[group.i];
+    const int32_t n_logged = group.is_last && group.mode == MONARCH_MODE_PAGED ? n_chosen : 0;
 
     float acc_x[ROWS] = { 0 };
     float acc_y[ROWS] = { 0 };
@@ -712,50 +771,34 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
 
         float dot[ROWS] = { 0 };
         if (is_valid) {
-            monarch_cold_dot<ROWS>(codec, layout, block, t, warp, tile, dot);
+            monarch_cold_dot<ROWS>(codec, layout, block, t, seat.warp, tile, dot);
         }
-        for (int32_t r = 0; r < ROWS; ++r) {
-            tile.logits[(warp*ROWS + r)*MONARCH_TILE + lane] = dot[r];
-        }
+        monarch_tile_put_dots<ROWS>(tile, seat, dot);
         __syncthreads();
 
         float scale = 0.0f;
         if (is_valid) {
             scale = codec.bits_v == 16 ? 1.0f : monarch_f16_to_f32(monarch_load_u16(block + layout.v_scales + 2*t));
         }
-        for (int32_t r = warp; r < n_rows; r += MONARCH_SLICES) {
-            const float weight = monarch_tile_add(tile, r, is_valid ? a.op.kq_scale*monarch_tile_logit<ROWS>(tile, r) : -INFINITY, scale);
-
-            __syncwarp();
-
-            if (is_logged) {
-                const float sum = monarch_warp_sum(weight, codec.page_size);
-
-                if (t == 0 && ic0 + i_page < n_chosen) {
-                    a.mass[monarch_row_index(a, group, row0 + r)*a.n_pages_max + ic0 + i_page] = tile.max[r] + logf(sum);
-                }
-            }
-        }
+        monarch_cold_weigh<ROWS>(a, group, seat, is_valid, scale, ic0 + i_page, n_logged, tile);
         __syncthreads();
 
-        if (team < n_teams) {
-            for (int32_t r = 0; r < ROWS; ++r) {
-                acc_x[r] *= tile.factor[r];
-                acc_y[r] *= tile.factor[r];
-            }
-            for (int32_t t0 = 4*team; t0 < MONARCH_TILE; t0 += 4*n_teams) {
+        if (seat.team < seat.n_teams) {
+            monarch_tile_rescale<ROWS>(tile, acc_x, acc_y);
+
+            for (int32_t t0 = 4*seat.team; t0 < MONARCH_TILE; t0 += 4*seat.n_teams) {
                 const int32_t page = tile.page[t0/codec.page_size];
 
                 if (page >= 0) {
                     monarch_cold_add<ROWS>(codec, layout, monarch_cold_block(a, group.head_kv, page, tile.frame[t0/codec.page_size]),
-                            t0%codec.page_size, p, tile, tile.weight + t0, acc_x, acc_y);
+                            t0%codec.page_size, seat.p, tile, tile.weight + t0, acc_x, acc_y);
                 }
             }
         }
         __syncthreads();
     }
 
-    monarch_tile_end<ROWS>(a, group, row0, n_rows, a.n_hot + blockIdx.x, tile, acc_x, acc_y);
+    monarch_tile_end<ROWS>(a, group, seat, a.n_hot + blockIdx.x, tile, acc_x, acc_y);
 }
 
 //
