@@ -21,7 +21,6 @@
 #include "monarch-error.h"
 #include "monarch-io.h"
 #include "monarch-page.h"
-#include "monarch-policy.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -278,9 +277,7 @@ void monarch_kv_cache::paged_write_pages(llama_io_write_i & io, const int32_t * 
 void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io, const monarch_paged_state & state) const {
     const size_t size = monarch_head_state_size(n_pages_max);
 
-    monarch_policy policy = {};
-    policy.sticky_threshold = knobs.sticky_threshold;
-    policy.importance_decay = knobs.importance_decay;
+    const monarch_policy policy = get_policy();
 
     std::vector<uint64_t> copy((size + 7)/8);
     std::vector<uint8_t>  data;

@@ -6,7 +6,6 @@
 #include "monarch-io.h"
 #include "monarch-knobs.h"
 #include "monarch-page.h"
-#include "monarch-policy.h"
 #include "monarch-stats.h"
 #include "monarch-summary.h"
 
@@ -311,7 +310,7 @@ void monarch_kv_cache::clear_states() {
 
         ggml_backend_tensor_set(cold.state, &layer, 0, sizeof(layer));
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            ggml_backend_tensor_set(cold.state, &head, sizeof(layer) + h*monarch_head_state_size(n_pages_max), sizeof(head));
+            ggml_backend_tensor_set(cold.state, &head, monarch_state_head_offset(n_pages_max, h), sizeof(head));
             if (cold.frames) {
                 ggml_backend_tensor_set(cold.frames, &frame, monarch_frame_head_offset(n_pages_max, cold.n_frames, h), sizeof(frame));
             }
@@ -353,6 +352,16 @@ int32_t monarch_kv_cache::resolve_mode(llama_seq_id seq_id) const {
         return knobs.mode;
     }
     return tables[seq_id].n_tokens() <= MONARCH_AUTO_EXACT_TOKENS ? MONARCH_MODE_EXACT : MONARCH_MODE_PAGED;
+}
+
+monarch_policy monarch_kv_cache::get_policy() const {
+    monarch_policy res = {};
+
+    res.promotion_threshold = knobs.promotion_threshold;
+    res.sticky_threshold    = knobs.sticky_threshold;
+    res.importance_decay    = knobs.importance_decay;
+
+    return res;
 }
 
 //
@@ -707,7 +716,7 @@ void monarch_kv_cache::forget_logs() {
 
     for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const size_t offset = sizeof(monarch_layer_state) + h*monarch_head_state_size(n_pages_max);
+            const size_t offset = monarch_state_head_offset(n_pages_max, h);
 
             monarch_head_state head;
             ggml_backend_tensor_get(cold_layers[i].state, &head, offset, sizeof(head));
@@ -719,9 +728,7 @@ void monarch_kv_cache::forget_logs() {
 
 // what the last step promoted counts now, before its pages change
 void monarch_kv_cache::apply_logs() {
-    monarch_policy policy = {};
-    policy.sticky_threshold = knobs.sticky_threshold;
-    policy.importance_decay = knobs.importance_decay;
+    const monarch_policy policy = get_policy();
 
     synchronize();
 
@@ -1104,10 +1111,6 @@ void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
 // hooks and statistics
 //
 
-bool monarch_kv_cache::is_sticky(uint8_t count) const {
-    return knobs.sticky_threshold > 0 && count >= knobs.sticky_threshold;
-}
-
 // what the step's hooks will be told: promotions first, then page-outs
 std::vector<std::pair<monarch_hook, monarch_event>> monarch_kv_cache::collect_events() const {
     std::vector<std::pair<monarch_hook, monarch_event>> res;
@@ -1126,6 +1129,8 @@ std::vector<std::pair<monarch_hook, monarch_event>> monarch_kv_cache::collect_ev
 }
 
 void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const {
+    const monarch_policy policy = get_policy();
+
     std::vector<const monarch_page_table::page *> by_phys(n_seqs()*n_pages_max);
     for (uint32_t s = 0; s < n_seqs(); ++s) {
         for (const auto & page : tables[s].get_pages()) {
@@ -1159,7 +1164,7 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
                     res.push_back({ hooks.on_promote, event });
                 }
                 // this promotion is counted when the next step applies the log
-                if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && is_sticky(std::min(count[log[j].page] + 1, 255))) {
+                if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && monarch_policy_is_sticky(&policy, std::min(count[log[j].page] + 1, 255))) {
                     res.push_back({ hooks.on_sticky, event });
                 }
                 if (std::find(filled.begin(), filled.end(), log[j].page) != filled.end()) {
@@ -1201,6 +1206,8 @@ monarch_stats monarch_kv_cache::get_stats() const {
     res.n_pages     = pool.n_used();
     res.n_page_outs = n_page_outs;
     res.hot_bytes   = total_size();
+
+    const monarch_policy policy = get_policy();
 
     std::vector<int32_t> pages; // physical
     for (const auto & table : tables) {
@@ -1247,7 +1254,7 @@ monarch_stats monarch_kv_cache::get_stats() const {
             res.n_promoted   += is_last ? head->log_promoted : 0;
 
             for (const int32_t page : pages) {
-                res.n_sticky += is_sticky(count[page]);
+                res.n_sticky += monarch_policy_is_sticky(&policy, count[page]);
             }
         }
     }
@@ -1264,7 +1271,8 @@ std::vector<monarch_page> monarch_kv_cache::get_pages(llama_seq_id seq_id) const
         throw std::runtime_error("sequence " + std::to_string(seq_id) + ": allowed is 0 to " + std::to_string(n_seqs() - 1));
     }
 
-    const monarch_page_table & table = tables[seq_id];
+    const monarch_page_table & table  = tables[seq_id];
+    const monarch_policy       policy = get_policy();
 
     std::vector<monarch_page> res;
 
@@ -1282,7 +1290,7 @@ std::vector<monarch_page> monarch_kv_cache::get_pages(llama_seq_id seq_id) const
             const uint8_t      * count = monarch_head_state_count(head, n_pages_max);
 
             for (size_t j = 0; j < res.size(); ++j) {
-                res[j].n_sticky   += is_sticky(count[table.get_pages()[j].phys]);
+                res[j].n_sticky   += monarch_policy_is_sticky(&policy, count[table.get_pages()[j].phys]);
                 res[j].n_promoted += j < n_attended[seq_id];
             }
 

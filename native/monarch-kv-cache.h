@@ -15,6 +15,7 @@
 #include "monarch-op.h"
 #include "monarch-page-table.h"
 #include "monarch-place.h"
+#include "monarch-policy.h"
 #include "monarch-state.h"
 
 #include "llama-kv-cache.h"
@@ -150,6 +151,8 @@ private:
     uint32_t n_hot()    const;
     int32_t  resolve_mode(llama_seq_id seq_id) const;
 
+    monarch_policy get_policy() const; // its budget is a layer's matter
+
     bool      is_supported(const llama_ubatch & ubatch, std::vector<llama_pos> & last) const;
     bool      has_room(const llama_ubatch & ubatch) const;
     bool      fits(const std::vector<llama_ubatch> & ubatches);
@@ -184,8 +187,6 @@ private:
 
     // what `place` made room for, passed by reference; where copies for a device find no memory the sequence, or all of them, ends up empty
     void     fill(llama_seq_id seq_id, const std::function<void()> & restore);
-
-    bool     is_sticky(uint8_t count) const;
 
     // of stock's states
     void     stock_read        (llama_io_read_i & io, uint32_t n_streams, llama_seq_id seq_id);

@@ -47,12 +47,17 @@ MONARCH_HD static inline size_t monarch_head_state_size(int64_t n_pages) {
     return (size + 63)/64*64;
 }
 
+// byte offset of a KV head
+MONARCH_HD static inline size_t monarch_state_head_offset(int64_t n_pages, int64_t head_kv) {
+    return sizeof(struct monarch_layer_state) + head_kv*monarch_head_state_size(n_pages);
+}
+
 MONARCH_HD static inline size_t monarch_state_size(int64_t n_head_kv, int64_t n_pages) {
-    return sizeof(struct monarch_layer_state) + n_head_kv*monarch_head_state_size(n_pages);
+    return monarch_state_head_offset(n_pages, n_head_kv);
 }
 
 MONARCH_HD static inline struct monarch_head_state * monarch_state_head(void * state, int64_t n_pages, int64_t head_kv) {
-    return (struct monarch_head_state *) ((char *) state + sizeof(struct monarch_layer_state) + head_kv*monarch_head_state_size(n_pages));
+    return (struct monarch_head_state *) ((char *) state + monarch_state_head_offset(n_pages, head_kv));
 }
 
 MONARCH_HD static inline struct monarch_log_entry * monarch_head_state_log(struct monarch_head_state * head) {
