@@ -20,7 +20,6 @@
 #include "monarch-crc.h"
 #include "monarch-error.h"
 #include "monarch-io.h"
-#include "monarch-page.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -105,10 +104,6 @@ size_t monarch_kv_cache::paged_hot_size(uint32_t n) const {
         res += n*(ggml_row_size(layer.k->type, layer.k->ne[0]) + ggml_row_size(layer.v->type, layer.v->ne[0]));
     }
     return res;
-}
-
-size_t monarch_kv_cache::paged_page_size() const {
-    return layers.size()*n_head_kv*cold_layers[0].pool->nb[1];
 }
 
 size_t monarch_kv_cache::paged_sticky_size(uint32_t n) const {
@@ -248,17 +243,9 @@ void monarch_kv_cache::paged_write_cold(llama_io_write_i & io, const monarch_pag
 
 // n pages, all of them in [lo, hi]
 void monarch_kv_cache::paged_write_pages(llama_io_write_i & io, const int32_t * phys, size_t n, int32_t lo, int32_t hi) const {
-    const monarch_codec codec = get_op_params(0, 0.0f).codec;
-    const size_t        size  = monarch_codec_block_size(&codec);
+    const size_t size = monarch_codec_block_size(&store.get_codec());
 
-    std::vector<monarch_bytes> blocks;
-    blocks.reserve(cold_layers.size()*n_head_kv);
-
-    for (const auto & cold : cold_layers) {
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            blocks.push_back(monarch_bytes::read(cold.pool, monarch_pool_offset(&codec, n_pages_max, h, lo), (hi - lo + 1)*size));
-        }
-    }
+    auto blocks = store.read_blocks(lo, hi);
 
     for (size_t i = 0; i < n; ++i) {
         uint32_t crc = 0;
@@ -273,34 +260,40 @@ void monarch_kv_cache::paged_write_pages(llama_io_write_i & io, const int32_t * 
     }
 }
 
+static void monarch_state_append(std::vector<uint8_t> & dst, const void * src, size_t size) {
+    dst.insert(dst.end(), (const uint8_t *) src, (const uint8_t *) src + size);
+}
+
+static void monarch_state_append_head(std::vector<uint8_t> & dst, monarch_head_state * head, int64_t n_pages_max, const std::vector<int32_t> & pages) {
+    const monarch_state_counts counts = { head->n_promotions, head->n_scored };
+
+    monarch_state_append(dst, &counts, sizeof(counts));
+    for (const int32_t phys : pages) {
+        monarch_state_append(dst, monarch_head_state_importance(head, n_pages_max) + phys, sizeof(float));
+    }
+    for (const int32_t phys : pages) {
+        monarch_state_append(dst, monarch_head_state_count(head, n_pages_max) + phys, 1);
+    }
+}
+
 // as the next step will find it: the last step's promotions are counted
 void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io, const monarch_paged_state & state) const {
-    const size_t size = monarch_head_state_size(n_pages_max);
-
+    const size_t         size   = monarch_head_state_size(n_pages_max);
     const monarch_policy policy = get_policy();
 
     std::vector<uint64_t> copy((size + 7)/8);
     std::vector<uint8_t>  data;
 
-    for (const auto & cold : cold_layers) {
-        auto layer = monarch_bytes::read(cold.state);
+    for (const auto & cold : store.get_layers()) {
+        auto bytes = monarch_bytes::read(cold.state);
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            memcpy(copy.data(), monarch_state_head(layer.data(), n_pages_max, h), size);
+            memcpy(copy.data(), store.get_head(bytes, h).state, size);
 
             monarch_head_state * head = (monarch_head_state *) copy.data();
-            monarch_policy_apply_log(&policy, head, n_pages_max, committed);
 
-            const monarch_state_counts counts = { head->n_promotions, head->n_scored };
-
-            data.insert(data.end(), (const uint8_t *) &counts, (const uint8_t *) (&counts + 1));
-            for (const int32_t phys : state.phys) {
-                const uint8_t * importance = (const uint8_t *) (monarch_head_state_importance(head, n_pages_max) + phys);
-                data.insert(data.end(), importance, importance + sizeof(float));
-            }
-            for (const int32_t phys : state.phys) {
-                data.push_back(monarch_head_state_count(head, n_pages_max)[phys]);
-            }
+            monarch_policy_apply_log (&policy, head, n_pages_max, committed);
+            monarch_state_append_head(data, head, n_pages_max, state.phys);
         }
     }
 
@@ -464,7 +457,7 @@ void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (!state.seqs.empty()) {
         monarch_state_read_part(io, paged_hot_size(header.n_hot), state.hot, "a damaged hot window");
         for (size_t i = 0; i < header.n_pages; ++i) {
-            monarch_state_read_part(io, paged_page_size(), state.cold, "a damaged page");
+            monarch_state_read_part(io, store.page_size(), state.cold, "a damaged page");
         }
         monarch_state_read_part(io, paged_sticky_size(header.n_pages), state.sticky, "a damaged sticky state");
     }
@@ -523,27 +516,56 @@ static void monarch_state_take(const uint8_t ** src, void * dst, size_t size) {
     *src += size;
 }
 
-// blocks of one layer's pages, and the summaries that follow from them
-void monarch_kv_cache::paged_restore_layer(const monarch_paged_state & state, size_t i_layer) {
-    const monarch_op_params op   = get_op_params(0, 0.0f);
-    const size_t            size = monarch_codec_block_size(&op.codec);
+// sticky state of one KV head; returns what follows
+static const uint8_t * monarch_state_take_head(const uint8_t * src, const monarch_cold_head & head, const std::vector<int32_t> & pages, bool with_counts) {
+    monarch_state_counts counts;
 
-    auto blocks    = monarch_bytes::change(cold_layers[i_layer].pool);
-    auto summaries = monarch_bytes::change(cold_layers[i_layer].summary);
+    monarch_state_take(&src, &counts, sizeof(counts));
+
+    if (with_counts) {
+        head.state->n_promotions = counts.n_promotions;
+        head.state->n_scored     = counts.n_scored;
+    }
+
+    for (const int32_t phys : pages) {
+        monarch_state_take(&src, head.importance + phys, sizeof(float));
+    }
+    for (const int32_t phys : pages) {
+        monarch_state_take(&src, head.count + phys, 1);
+    }
+    return src;
+}
+
+// slots of one tensor of the ring; returns what follows
+static const uint8_t * monarch_state_take_rows(const uint8_t * src, ggml_tensor * ring, const std::vector<uint32_t> & slots) {
+    auto rows = monarch_bytes::change(ring);
+
+    for (const uint32_t slot : slots) {
+        monarch_state_take(&src, rows.data() + slot*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
+    }
+    return src;
+}
+
+// blocks of one layer's pages, the summaries that follow from them, and sticky state
+void monarch_kv_cache::paged_restore_layer(const monarch_paged_state & state, size_t i_layer, bool is_alone) {
+    const size_t size = monarch_codec_block_size(&store.get_codec());
+
+    monarch_cold_writer writer(store, i_layer);
 
     const auto restore_page = [&](size_t i) {
-        const int32_t phys = state.phys[i];
+        const uint8_t * blocks = state.cold.data() + (i*layers.size() + i_layer)*n_head_kv*size;
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            uint8_t * block = blocks.data() + monarch_pool_offset(&op.codec, n_pages_max, h, phys);
-
-            memcpy(block, state.cold.data() + ((i*cold_layers.size() + i_layer)*n_head_kv + h)*size, size);
-            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), block,
-                    summaries.data() + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
+            writer.put_block(h, state.phys[i], pool.get_mask(state.phys[i]), blocks + h*size);
         }
     };
 
     run_jobs(state.phys.size(), std::cref(restore_page));
+
+    const uint8_t * src = state.sticky.data() + i_layer*(state.sticky.size()/layers.size());
+    for (uint32_t h = 0; h < n_head_kv; ++h) {
+        src = monarch_state_take_head(src, writer.get_head(h), state.phys, is_alone);
+    }
 }
 
 // all of it is here, checked and has its place. Counters go on if the context holds nothing else.
@@ -557,41 +579,12 @@ void monarch_kv_cache::paged_restore(const monarch_paged_state & state, bool is_
 
     const uint8_t * src = state.hot.data();
     for (const auto & layer : layers) {
-        for (ggml_tensor * ring : { layer.k, layer.v }) {
-            auto rows = monarch_bytes::change(ring);
-
-            for (const uint32_t slot : state.slots) {
-                monarch_state_take(&src, rows.data() + slot*ring->nb[1], ggml_row_size(ring->type, ring->ne[0]));
-            }
-        }
+        src = monarch_state_take_rows(src, layer.k, state.slots);
+        src = monarch_state_take_rows(src, layer.v, state.slots);
     }
 
-    for (size_t i = 0; i < cold_layers.size(); ++i) {
-        paged_restore_layer(state, i);
-    }
-
-    src = state.sticky.data();
-    for (const auto & cold : cold_layers) {
-        auto layer = monarch_bytes::change(cold.state);
-
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state   * head = monarch_state_head(layer.data(), n_pages_max, h);
-            monarch_state_counts   counts;
-
-            monarch_state_take(&src, &counts, sizeof(counts));
-
-            if (is_alone) {
-                head->n_promotions = counts.n_promotions;
-                head->n_scored     = counts.n_scored;
-            }
-
-            for (const int32_t phys : state.phys) {
-                monarch_state_take(&src, monarch_head_state_importance(head, n_pages_max) + phys, sizeof(float));
-            }
-            for (const int32_t phys : state.phys) {
-                monarch_state_take(&src, monarch_head_state_count(head, n_pages_max) + phys, 1);
-            }
-        }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        paged_restore_layer(state, i, is_alone);
     }
 }
 

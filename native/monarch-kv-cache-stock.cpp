@@ -4,8 +4,6 @@
 
 #include "monarch-convert.h"
 #include "monarch-io.h"
-#include "monarch-page.h"
-#include "monarch-summary.h"
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -139,11 +137,7 @@ static void monarch_state_convert(const monarch_stock_state & state, const monar
 }
 
 void monarch_kv_cache::stock_restore_layer(const monarch_stock_state & state, size_t i_layer) {
-    const monarch_op_params op = get_op_params(0, 0.0f);
-
-    auto blocks    = monarch_bytes::change(cold_layers[i_layer].pool);
-    auto summaries = monarch_bytes::change(cold_layers[i_layer].summary);
-    auto sticky    = monarch_bytes::change(cold_layers[i_layer].state);
+    monarch_cold_writer writer(store, i_layer);
 
     const auto restore_page = [&](size_t i_page) {
         float k[MONARCH_MAX_PAGE_SIZE*MONARCH_MAX_HEAD_DIM];
@@ -156,11 +150,7 @@ void monarch_kv_cache::stock_restore_layer(const monarch_stock_state & state, si
             monarch_state_convert(state, state.k[i_layer], layers[i_layer].k->type, i0, knobs.page_size, h, head_dim, k);
             monarch_state_convert(state, state.v[i_layer], layers[i_layer].v->type, i0, knobs.page_size, h, head_dim, v);
 
-            monarch_page_encode(&op.codec, op.scorer, pool.get_mask(phys), k, v,
-                    blocks   .data() + monarch_pool_offset(&op.codec, n_pages_max, h, phys),
-                    summaries.data() + monarch_summary_offset(head_dim, n_pages_max, h, phys), phys%MONARCH_SUMMARY_GROUP);
-
-            monarch_head_state_forget(monarch_state_head(sticky.data(), n_pages_max, h), n_pages_max, phys);
+            writer.put_tokens(h, phys, pool.get_mask(phys), k, v);
         }
     };
 

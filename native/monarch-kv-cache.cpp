@@ -2,12 +2,9 @@
 
 #include "monarch-crc.h"
 #include "monarch-error.h"
-#include "monarch-frames.h"
 #include "monarch-io.h"
 #include "monarch-knobs.h"
-#include "monarch-page.h"
 #include "monarch-stats.h"
-#include "monarch-summary.h"
 
 #include "llama-batch.h"
 #include "llama-hparams.h"
@@ -112,7 +109,7 @@ monarch_kv_cache * monarch_kv_cache::create(const llama_model & model, const lla
         const monarch_op_params op    = monarch_op_params_init(knobs, model.hparams.n_embd_head_k(0));
         const monarch_place     place = monarch_place_find(model, params, cparams, knobs, op);
 
-        return new monarch_kv_cache(model, params, cparams, knobs, place, seed);
+        return new monarch_kv_cache(model, params, cparams, knobs, op, place, seed);
     } catch (const std::exception & err) {
         monarch_error_set(err.what());
         throw std::runtime_error(std::string("monarch: ") + err.what());
@@ -173,6 +170,7 @@ monarch_kv_cache::monarch_kv_cache(
         const llama_memory_params & params,
         const llama_cparams       & cparams,
         const monarch_knobs       & knobs,
+        const monarch_op_params   & op,
         monarch_place               place,
         uint32_t                    seed) :
     llama_kv_cache(model, model.hparams, params.type_k, params.type_v, /*v_trans =*/ false, /*offload =*/ place != MONARCH_PLACE_HOST, /*unified =*/ true,
@@ -180,9 +178,10 @@ monarch_kv_cache::monarch_kv_cache(
     knobs(knobs),
     n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), is_unified(monarch_is_unified(cparams)),
     n_ubatch(monarch_n_ubatch(cparams)), n_threads(std::max(cparams.n_threads_batch, 1)),
-    n_head_kv(model.hparams.n_head_kv(0)), head_dim(model.hparams.n_embd_head_k(0)),
+    n_head_kv(model.hparams.n_head_kv(0)), head_dim(op.codec.head_dim),
     n_pages_max(monarch_n_pages_max(cparams.n_ctx, knobs.page_size)),
     fingerprint(monarch_model_fingerprint(model)),
+    store(op, layers.size(), n_head_kv, n_pages_max, hparams.no_alloc),
     tables(cparams.n_seq_max), cold_bits(get_size()), n_attended(cparams.n_seq_max) {
     // cold pages bring their own rotation; hot tokens stay as the model made them
     attn_rot_k = false;
@@ -191,8 +190,6 @@ monarch_kv_cache::monarch_kv_cache(
     pool.init(n_pages_max, seed);
 
     alloc_cold(model, place);
-    clear_states();
-    clear_frames();
 }
 
 // frames that a layer has: a few times what a step promotes for all sequences
@@ -201,30 +198,6 @@ int32_t monarch_kv_cache::n_frames(int32_t il) const {
     const int64_t n_frames = knobs.frames > 0 ? knobs.frames : (int64_t) MONARCH_FRAMES_PER_PROMOTED*n_seqs()*(n_tokens/knobs.page_size);
 
     return std::min<int64_t>(n_frames, n_pages_max);
-}
-
-// the context for tensors in this kind of memory
-ggml_context * monarch_kv_cache::get_cold_ctx(ggml_backend_buffer_type_t buft) {
-    for (const auto & cold : cold_bufs) {
-        if (cold.buft == buft) {
-            return cold.ctx.get();
-        }
-    }
-
-    ggml_init_params init_params = {
-        /*.mem_size   =*/ 4*layers.size()*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-
-    ggml_context_ptr ctx { ggml_init(init_params) };
-    if (!ctx) {
-        throw std::runtime_error("failed to create ggml context for the cold store");
-    }
-
-    cold_bufs.push_back({ buft, std::move(ctx), nullptr });
-
-    return cold_bufs.back().ctx.get();
 }
 
 monarch_kv_cache::~monarch_kv_cache() {
@@ -243,90 +216,16 @@ void monarch_kv_cache::log_stats() const {
 }
 
 void monarch_kv_cache::alloc_cold(const llama_model & model, monarch_place place) {
-    const monarch_op_params op = monarch_op_params_init(knobs, head_dim);
-
     for (const auto & layer : layers) {
         ggml_backend_buffer_type_t buft      = monarch_place_get_buft     (place, model.dev_layer(layer.il));
         ggml_backend_buffer_type_t pool_buft = monarch_place_get_pool_buft(place, model.dev_layer(layer.il));
 
-        ggml_context * ctx = get_cold_ctx(buft);
-
-        cold_layer cold = {
-            ggml_new_tensor_3d(get_cold_ctx(pool_buft), GGML_TYPE_I8, monarch_codec_block_size(&op.codec), n_pages_max, n_head_kv),
-            ggml_new_tensor_3d(ctx, GGML_TYPE_I8, MONARCH_SUMMARY_GROUP*monarch_summary_size(head_dim), n_pages_max/MONARCH_SUMMARY_GROUP, n_head_kv),
-            ggml_new_tensor_1d(ctx, GGML_TYPE_I8, monarch_state_size(n_head_kv, n_pages_max)),
-            nullptr,
-            buft != pool_buft ? n_frames(layer.il) : 0,
-        };
-
-        ggml_format_name(cold.pool,    "cold_pool_l%d",    layer.il);
-        ggml_format_name(cold.summary, "cold_summary_l%d", layer.il);
-        ggml_format_name(cold.state,   "cold_state_l%d",   layer.il);
-
-        if (cold.n_frames > 0) {
-            cold.frames = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, monarch_frames_size(&op.codec, n_head_kv, n_pages_max, cold.n_frames));
-            ggml_format_name(cold.frames, "cold_frames_l%d", layer.il);
-        }
-
-        cold_layers.push_back(cold);
+        store.add_layer(layer.il, buft, pool_buft, buft != pool_buft ? n_frames(layer.il) : 0);
     }
 
     LLAMA_LOG_INFO("%s: hot ring of %u tokens, room for %u cold pages of %d tokens\n", __func__, get_size(), n_pages_max, knobs.page_size);
 
-    for (auto & cold : cold_bufs) {
-        alloc_cold_buf(cold);
-    }
-
-    page_block.resize(cold_layers[0].pool   ->nb[1]);
-    page_group.resize(cold_layers[0].summary->nb[1]);
-}
-
-// not cleared: in host memory that is not pinned the operating system commits it page by page, as it fills
-void monarch_kv_cache::alloc_cold_buf(cold_buf & cold) {
-    if (hparams.no_alloc) {
-        cold.buf.reset(ggml_backend_buft_alloc_buffer(cold.buft, 0));
-        for (ggml_tensor * t = ggml_get_first_tensor(cold.ctx.get()); t; t = ggml_get_next_tensor(cold.ctx.get(), t)) {
-            t->buffer = cold.buf.get();
-        }
-    } else {
-        cold.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(cold.ctx.get(), cold.buft));
-    }
-    if (!cold.buf) {
-        throw std::runtime_error("failed to reserve memory for " + std::to_string(n_ctx) + " tokens of cold pages on " +
-                ggml_backend_buft_name(cold.buft) + ": use a smaller n_ctx");
-    }
-
-    LLAMA_LOG_INFO("%s: %10s cold store = %8.2f MiB when full\n", __func__,
-            ggml_backend_buft_name(cold.buft), ggml_backend_buffer_get_size(cold.buf.get())/1024.0/1024.0);
-}
-
-void monarch_kv_cache::clear_states() {
-    const monarch_layer_state layer = {};
-    const monarch_head_state  head  = {};
-    const monarch_frame_head  frame = {};
-
-    for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
-        const cold_layer & cold = cold_layers[i];
-
-        ggml_backend_tensor_set(cold.state, &layer, 0, sizeof(layer));
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            ggml_backend_tensor_set(cold.state, &head, monarch_state_head_offset(n_pages_max, h), sizeof(head));
-            if (cold.frames) {
-                ggml_backend_tensor_set(cold.frames, &frame, monarch_frame_head_offset(n_pages_max, cold.n_frames, h), sizeof(frame));
-            }
-        }
-    }
-}
-
-// no frame holds a page
-void monarch_kv_cache::clear_frames() {
-    for (const auto & cold : cold_layers) {
-        for (uint32_t h = 0; h < n_head_kv && cold.frames && !hparams.no_alloc; ++h) {
-            const size_t offset = monarch_frame_head_offset(n_pages_max, cold.n_frames, h) + sizeof(monarch_frame_head);
-
-            ggml_backend_tensor_memset(cold.frames, 0xff, offset, cold.n_frames*sizeof(int32_t)); // -1
-        }
-    }
+    store.alloc(n_ctx);
 }
 
 void monarch_kv_cache::synchronize() const {
@@ -707,38 +606,8 @@ void monarch_kv_cache::clear(bool data) {
     }
     pending.clear();
 
-    forget_logs();
-}
-
-// what the last step promoted counts, but its pages are gone; copies are small: nothing fails
-void monarch_kv_cache::forget_logs() {
     synchronize();
-
-    for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const size_t offset = monarch_state_head_offset(n_pages_max, h);
-
-            monarch_head_state head;
-            ggml_backend_tensor_get(cold_layers[i].state, &head, offset, sizeof(head));
-            monarch_policy_end_log(&head, committed);
-            ggml_backend_tensor_set(cold_layers[i].state, &head, offset, sizeof(head));
-        }
-    }
-}
-
-// what the last step promoted counts now, before its pages change
-void monarch_kv_cache::apply_logs() {
-    const monarch_policy policy = get_policy();
-
-    synchronize();
-
-    for (size_t i = 0; i < cold_layers.size() && !hparams.no_alloc; ++i) {
-        auto state = monarch_bytes::change(cold_layers[i].state);
-
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_policy_apply_log(&policy, monarch_state_head(state.data(), n_pages_max, h), n_pages_max, committed);
-        }
-    }
+    store.forget_logs(committed);
 }
 
 void monarch_kv_cache::run_jobs(size_t n, const std::function<void(size_t)> & f) const {
@@ -780,7 +649,9 @@ void monarch_kv_cache::attempt(const std::function<void()> & action) {
 }
 
 void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> & place) {
-    apply_logs();
+    synchronize();
+    store.apply_logs(get_policy(), committed);
+
     attempt([&]() {
         remove_each(seq_id, 0, std::numeric_limits<llama_pos>::max());
         place();
@@ -788,7 +659,7 @@ void monarch_kv_cache::replace(llama_seq_id seq_id, const std::function<void()> 
 }
 
 void monarch_kv_cache::fill(llama_seq_id seq_id, const std::function<void()> & restore) {
-    clear_frames();
+    store.clear_frames();
 
     try {
         restore();
@@ -804,26 +675,7 @@ void monarch_kv_cache::update_pages(const monarch_page_pool & before) {
 
     for (uint32_t phys = 0; phys < n_pages_max; ++phys) {
         if (!pool.is_free(phys) && pool.get_mask(phys) != before.get_mask(phys)) {
-            update_page(phys);
-        }
-    }
-}
-
-// summaries of a page that lost tokens; the copies have their place already: nothing fails
-void monarch_kv_cache::update_page(int32_t phys) {
-    const monarch_op_params op = monarch_op_params_init(knobs, head_dim);
-
-    for (const auto & cold : cold_layers) {
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const size_t block_offset = monarch_pool_offset(&op.codec, n_pages_max, h, phys);
-            const size_t group_offset = monarch_summary_offset(head_dim, n_pages_max, h, phys);
-
-            ggml_backend_tensor_get(cold.pool,    page_block.data(), block_offset, page_block.size());
-            ggml_backend_tensor_get(cold.summary, page_group.data(), group_offset, page_group.size());
-
-            monarch_page_summarize(&op.codec, op.scorer, pool.get_mask(phys), page_block.data(), page_group.data(), phys%MONARCH_SUMMARY_GROUP);
-
-            ggml_backend_tensor_set(cold.summary, page_group.data(), group_offset, page_group.size());
+            store.update_page(phys, pool.get_mask(phys));
         }
     }
 }
@@ -890,7 +742,7 @@ void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     for (const int32_t phys : changed) {
         if (!pool.is_free(phys) && masks[phys] != pool.get_mask(phys)) {
             pool.set_mask(phys, masks[phys]);
-            update_page(phys);
+            store.update_page(phys, pool.get_mask(phys));
         }
     }
 }
@@ -971,9 +823,7 @@ llama_pos monarch_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
 std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown() const {
     auto res = llama_kv_cache::memory_breakdown();
 
-    for (const auto & cold : cold_bufs) {
-        res[cold.buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(cold.ctx.get(), cold.buft) : ggml_backend_buffer_get_size(cold.buf.get());
-    }
+    store.add_memory_breakdown(res);
 
     return res;
 }
@@ -983,29 +833,31 @@ std::map<ggml_backend_buffer_type_t, size_t> monarch_kv_cache::memory_breakdown(
 //
 
 monarch_op_params monarch_kv_cache::get_op_params(int32_t il, float kq_scale) const {
-    monarch_op_params res = monarch_op_params_init(knobs, head_dim);
+    monarch_op_params res = {};
 
+    res.codec    = store.get_codec();
+    res.scorer   = knobs.scorer;
     res.dense    = il < knobs.dense_layers;
     res.kq_scale = kq_scale;
-    res.n_frames = cold_layers[map_layer_ids.at(il)].n_frames;
+    res.n_frames = store.get_layers()[map_layer_ids.at(il)].n_frames;
 
     return res;
 }
 
 ggml_tensor * monarch_kv_cache::get_pool(int32_t il) const {
-    return cold_layers[map_layer_ids.at(il)].pool;
+    return store.get_layers()[map_layer_ids.at(il)].pool;
 }
 
 ggml_tensor * monarch_kv_cache::get_summary(int32_t il) const {
-    return cold_layers[map_layer_ids.at(il)].summary;
+    return store.get_layers()[map_layer_ids.at(il)].summary;
 }
 
 ggml_tensor * monarch_kv_cache::get_state(int32_t il) const {
-    return cold_layers[map_layer_ids.at(il)].state;
+    return store.get_layers()[map_layer_ids.at(il)].state;
 }
 
 ggml_tensor * monarch_kv_cache::get_frames(int32_t il) const {
-    return cold_layers[map_layer_ids.at(il)].frames;
+    return store.get_layers()[map_layer_ids.at(il)].frames;
 }
 
 static ggml_tensor * monarch_ring_view(ggml_context * ctx, ggml_tensor * t, int64_t head_dim) {
@@ -1140,31 +992,29 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
 
     synchronize();
 
-    for (size_t i = 0; i < cold_layers.size(); ++i) {
-        auto state = monarch_bytes::read(cold_layers[i].state);
+    for (const auto & cold : store.get_layers()) {
+        auto state = monarch_bytes::read(cold.state);
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head = monarch_state_head(state.data(), n_pages_max, h);
+            const monarch_cold_head   head = store.get_head(state, h);
+            const monarch_log_entry * log  = head.log;
 
-            const monarch_log_entry * log   = monarch_head_state_log(head);
-            const uint8_t           * count = monarch_head_state_count(head, n_pages_max);
+            const std::vector<int32_t> filled = hooks.on_page_in ? store.get_filled_pages(cold, h) : std::vector<int32_t>();
 
-            const std::vector<int32_t> filled = hooks.on_page_in ? get_filled_pages(cold_layers[i], h) : std::vector<int32_t>();
-
-            for (int32_t j = 0; j < head->n_log; ++j) {
+            for (int32_t j = 0; j < head.state->n_log; ++j) {
                 if (!(log[j].flags & MONARCH_LOG_PROMOTED)) {
                     continue;
                 }
 
                 const auto * page = by_phys[log[j].seq*n_pages_max + log[j].page];
 
-                const monarch_event event = { log[j].seq, (int32_t) layers[i].il, (int32_t) h, page->begin(), page->n_tokens(), log[j].estimated, log[j].measured };
+                const monarch_event event = { log[j].seq, cold.il, (int32_t) h, page->begin(), page->n_tokens(), log[j].estimated, log[j].measured };
 
                 if (hooks.on_promote) {
                     res.push_back({ hooks.on_promote, event });
                 }
                 // this promotion is counted when the next step applies the log
-                if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && monarch_policy_is_sticky(&policy, std::min(count[log[j].page] + 1, 255))) {
+                if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && monarch_policy_is_sticky(&policy, std::min(head.count[log[j].page] + 1, 255))) {
                     res.push_back({ hooks.on_sticky, event });
                 }
                 if (std::find(filled.begin(), filled.end(), log[j].page) != filled.end()) {
@@ -1173,24 +1023,6 @@ void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, mo
             }
         }
     }
-}
-
-// the physical pages that the last step copied to frames
-std::vector<int32_t> monarch_kv_cache::get_filled_pages(const cold_layer & cold, uint32_t head_kv) const {
-    std::vector<int32_t> res;
-
-    if (!cold.frames) {
-        return res;
-    }
-
-    auto bytes = monarch_bytes::read(cold.frames, monarch_frame_head_offset(n_pages_max, cold.n_frames, head_kv), monarch_frame_head_size(n_pages_max, cold.n_frames));
-
-    monarch_frame_head * head = (monarch_frame_head *) bytes.data();
-
-    for (int32_t i = 0; i < head->n_filled; ++i) {
-        res.push_back(monarch_frame_head_page(head)[head->filled[i]]);
-    }
-    return res;
 }
 
 monarch_stats monarch_kv_cache::get_stats() const {
@@ -1218,9 +1050,7 @@ monarch_stats monarch_kv_cache::get_stats() const {
     std::sort(pages.begin(), pages.end());
     pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
 
-    for (size_t i = 0; i < cold_layers.size(); ++i) {
-        const cold_layer & cold = cold_layers[i];
-
+    for (const auto & cold : store.get_layers()) {
         res.cold_bytes    += pool.n_used()*n_head_kv*cold.pool->nb[1];
         res.summary_bytes += pool.n_used()*n_head_kv*monarch_summary_size(head_dim);
         res.table_bytes   += ggml_nbytes(cold.state);
@@ -1244,24 +1074,23 @@ monarch_stats monarch_kv_cache::get_stats() const {
         res.encode_us += layer->encode_us;
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head  = monarch_state_head(state.data(), n_pages_max, h);
-            const uint8_t      * count = monarch_head_state_count(head, n_pages_max);
+            const monarch_cold_head head = store.get_head(state, h);
 
-            const bool is_last = head->step == committed; // its log is not in the totals yet
+            const bool is_last = head.state->step == committed; // its log is not in the totals yet
 
-            res.n_promotions += head->n_promotions + (is_last ? head->log_promoted : 0);
-            res.n_scored     += head->n_scored     + (is_last ? head->log_scored   : 0);
-            res.n_promoted   += is_last ? head->log_promoted : 0;
+            res.n_promotions += head.state->n_promotions + (is_last ? head.state->log_promoted : 0);
+            res.n_scored     += head.state->n_scored     + (is_last ? head.state->log_scored   : 0);
+            res.n_promoted   += is_last ? head.state->log_promoted : 0;
 
             for (const int32_t page : pages) {
-                res.n_sticky += monarch_policy_is_sticky(&policy, count[page]);
+                res.n_sticky += monarch_policy_is_sticky(&policy, head.count[page]);
             }
         }
     }
 
     res.table_bytes += n_pages_max*(sizeof(monarch_page_table::page) + 2*sizeof(int32_t) + 1);
 
-    res.cold_bytes_per_token = (double) layers.size()*n_head_kv*cold_layers[0].pool->nb[1]/knobs.page_size;
+    res.cold_bytes_per_token = (double) store.page_size()/knobs.page_size;
 
     return res;
 }
@@ -1282,23 +1111,20 @@ std::vector<monarch_page> monarch_kv_cache::get_pages(llama_seq_id seq_id) const
         res.push_back({ page.begin(), page.n_tokens(), 0, 0 });
     }
 
-    for (const auto & cold : cold_layers) {
+    for (const auto & cold : store.get_layers()) {
         auto state = monarch_bytes::read(cold.state);
 
         for (uint32_t h = 0; h < n_head_kv; ++h) {
-            monarch_head_state * head  = monarch_state_head(state.data(), n_pages_max, h);
-            const uint8_t      * count = monarch_head_state_count(head, n_pages_max);
+            const monarch_cold_head head = store.get_head(state, h);
 
             for (size_t j = 0; j < res.size(); ++j) {
-                res[j].n_sticky   += monarch_policy_is_sticky(&policy, count[table.get_pages()[j].phys]);
+                res[j].n_sticky   += monarch_policy_is_sticky(&policy, head.count[table.get_pages()[j].phys]);
                 res[j].n_promoted += j < n_attended[seq_id];
             }
 
-            const monarch_log_entry * log = monarch_head_state_log(head);
-
-            for (int32_t j = 0; head->step == committed && j < head->n_log; ++j) {
-                if ((log[j].flags & MONARCH_LOG_PROMOTED) && index[log[j].page] >= 0) {
-                    res[index[log[j].page]].n_promoted++;
+            for (int32_t j = 0; head.state->step == committed && j < head.state->n_log; ++j) {
+                if ((head.log[j].flags & MONARCH_LOG_PROMOTED) && index[head.log[j].page] >= 0) {
+                    res[index[head.log[j].page]].n_promoted++;
                 }
             }
         }

@@ -1,6 +1,7 @@
 #pragma once
 
 // The paged KV cache: a ring of hot tokens (the base class), a cold store of polar pages, and what moves between them.
+// Tensors of cold pages are monarch-cold-store.h; sequences, steps and the ring are here.
 //
 // Every sequence has a hot window, a page table and budgets of its own. The ring's slots are the base class's cells, of which
 // each sequence has a part that it fills first; the pages come from one pool. Sequences may share both.
@@ -10,13 +11,9 @@
 // the page-outs real: page table, free ring slots, counters, hooks. An aborted step leaves nothing behind.
 
 #include "monarch.h"
-#include "monarch-bytes.h"
-#include "monarch-codec.h"
-#include "monarch-op.h"
+#include "monarch-cold-store.h"
 #include "monarch-page-table.h"
 #include "monarch-place.h"
-#include "monarch-policy.h"
-#include "monarch-state.h"
 
 #include "llama-kv-cache.h"
 
@@ -102,31 +99,9 @@ public:
 private:
     monarch_kv_cache(
             const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-            const monarch_knobs & knobs, monarch_place place, uint32_t seed);
+            const monarch_knobs & knobs, const monarch_op_params & op, monarch_place place, uint32_t seed);
 
-    // tensors of the cold store in one kind of memory
-    struct cold_buf {
-        ggml_backend_buffer_type_t buft;
-        ggml_context_ptr           ctx;
-        ggml_backend_buffer_ptr    buf;
-    };
-
-    void alloc_cold    (const llama_model & model, monarch_place place);
-    void alloc_cold_buf(cold_buf & cold);
-
-    ggml_context * get_cold_ctx(ggml_backend_buffer_type_t buft);
-
-    void clear_states();
-    void clear_frames();
-
-    // cold store of one layer
-    struct cold_layer {
-        ggml_tensor * pool;
-        ggml_tensor * summary;
-        ggml_tensor * state;
-        ggml_tensor * frames; // null: none
-        int32_t       n_frames;
-    };
+    void alloc_cold(const llama_model & model, monarch_place place);
 
     // a page that leaves the hot window in the present step; of several sequences, if they share its slots
     struct page_out {
@@ -167,10 +142,7 @@ private:
     void     commit_page_outs();
     void     remove     (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     remove_each(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
-    void     update_page (int32_t phys);
     void     update_pages(const monarch_page_pool & before);
-    void     apply_logs();
-    void     forget_logs();
     void     log_stats() const;
 
     // what the present step asked devices to do is done
@@ -204,10 +176,9 @@ private:
     void     paged_read        (llama_io_read_i & io, llama_seq_id seq_id);
     void     paged_place       (monarch_paged_state & state, llama_seq_id seq_id);
     void     paged_restore     (const monarch_paged_state & state, bool is_alone);
-    void     paged_restore_layer(const monarch_paged_state & state, size_t i_layer);
+    void     paged_restore_layer(const monarch_paged_state & state, size_t i_layer, bool is_alone);
 
     size_t   paged_hot_size   (uint32_t n) const;
-    size_t   paged_page_size  ()           const;
     size_t   paged_sticky_size(uint32_t n) const;
 
     int32_t  n_frames(int32_t il) const; // that a layer gets where tiers differ
@@ -218,8 +189,6 @@ private:
     std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
 
     void collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const;
-
-    std::vector<int32_t> get_filled_pages(const cold_layer & cold, uint32_t head_kv) const;
 
     monarch_knobs knobs;
     monarch_hooks hooks = {};
@@ -234,6 +203,7 @@ private:
     const uint32_t n_pages_max;
     const uint32_t fingerprint; // of the model
 
+    monarch_cold_store              store;
     monarch_page_pool               pool;
     std::vector<monarch_page_table> tables;
     std::vector<monarch_page_bit>   cold_bits; // where a slot's token lies that another sequence has paged out
@@ -244,14 +214,6 @@ private:
     int32_t  step       = 0;
     int32_t  committed  = 0;
     uint64_t n_page_outs = 0;
-
-    std::vector<cold_layer> cold_layers;
-
-    std::vector<cold_buf> cold_bufs; // one for each kind of memory
-
-    // update_page()'s copies of a page's block and of its group of summaries
-    std::vector<uint8_t> page_block;
-    std::vector<uint8_t> page_group;
 
     llama_context * lctx = nullptr; // whose cache this is, known from its first step on
 };

@@ -60,6 +60,7 @@ endfunction()
 function(monarch_add_llama target)
     set(sources
         ${MONARCH_DIR}/monarch-api.cpp
+        ${MONARCH_DIR}/monarch-cold-store.cpp
         ${MONARCH_DIR}/monarch-graph.cpp
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
