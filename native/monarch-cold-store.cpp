@@ -136,6 +136,62 @@ void monarch_cold_store::clear_frames() {
     });
 }
 
+// is_last: its log is of the last step, and not in the totals yet
+static void monarch_stats_add_counters(monarch_stats & res, const monarch_head_state & head, bool is_last) {
+    res.n_promotions += head.n_promotions + (is_last ? head.log_promoted : 0);
+    res.n_scored     += head.n_scored     + (is_last ? head.log_scored   : 0);
+    res.n_promoted   += is_last ? head.log_promoted : 0;
+}
+
+static void monarch_stats_add_times(monarch_stats & res, const monarch_layer_state & layer) {
+    res.score_us  += layer.score_us;
+    res.attend_us += layer.attend_us;
+    res.encode_us += layer.encode_us;
+}
+
+static uint32_t monarch_stats_count_sticky(const monarch_page_pool & pages, const monarch_policy & policy, uint32_t n_pages_max, const uint8_t * count) {
+    uint32_t res = 0;
+    for (uint32_t phys = 0; phys < n_pages_max; ++phys) {
+        res += !pages.is_free(phys) && monarch_policy_is_sticky(&policy, count[phys]);
+    }
+    return res;
+}
+
+void monarch_cold_store::add_stats(monarch_stats & res, const monarch_page_pool & pages, const monarch_policy & policy, int32_t committed) const {
+    res.cold_bytes    += pages.n_used()*page_size();
+    res.summary_bytes += pages.n_used()*layers.size()*n_head_kv*monarch_summary_size(codec.head_dim);
+
+    for (const auto & cold : layers) {
+        res.table_bytes += ggml_nbytes(cold.state);
+        res.frame_bytes += cold.frames ? ggml_nbytes(cold.frames) : 0;
+
+        auto state = monarch_bytes::read(cold.state);
+
+        monarch_stats_add_times(res, *(const monarch_layer_state *) state.data());
+
+        for (uint32_t h = 0; h < n_head_kv; ++h) {
+            const monarch_cold_head head = get_head(state, h);
+
+            monarch_stats_add_counters(res, *head.state, head.state->step == committed);
+
+            res.n_sticky += monarch_stats_count_sticky(pages, policy, n_pages_max, head.count);
+        }
+
+        for (uint32_t h = 0; h < n_head_kv && cold.frames; ++h) {
+            const monarch_frame_head frames = get_frame_head(cold, h);
+
+            res.n_page_ins   += frames.n_page_ins;
+            res.n_frame_hits += frames.n_hits;
+        }
+    }
+}
+
+monarch_frame_head monarch_cold_store::get_frame_head(const layer & cold, uint32_t head_kv) const {
+    monarch_frame_head res;
+    ggml_backend_tensor_get(cold.frames, &res, monarch_frame_head_offset(n_pages_max, cold.n_frames, head_kv), sizeof(res));
+    return res;
+}
+
 monarch_cold_head monarch_cold_store::get_head(monarch_bytes & state, uint32_t head_kv) const {
     monarch_head_state * head = monarch_state_head(state.data(), n_pages_max, head_kv);
 

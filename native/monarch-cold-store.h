@@ -3,9 +3,11 @@
 // The cold store: the tensors of every layer that hold cold pages, and what is done to them apart from the graph. A page goes
 // by its physical number here; whose it is and which tokens it holds is up to the page tables and the pool.
 
+#include "monarch.h"
 #include "monarch-bytes.h"
 #include "monarch-frames.h"
 #include "monarch-op.h"
+#include "monarch-page-table.h"
 #include "monarch-policy.h"
 #include "monarch-state.h"
 
@@ -49,6 +51,9 @@ public:
 
     void add_memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 
+    // sizes of what is in use, and what was counted
+    void add_stats(monarch_stats & res, const monarch_page_pool & pages, const monarch_policy & policy, int32_t committed) const;
+
     // state: the bytes of a layer's
     monarch_cold_head get_head(monarch_bytes & state, uint32_t head_kv) const;
 
@@ -85,6 +90,8 @@ private:
     ggml_context * get_ctx(ggml_backend_buffer_type_t buft);
 
     void clear_states();
+
+    monarch_frame_head get_frame_head(const layer & cold, uint32_t head_kv) const;
 
     // f(layer, head_kv) for every KV head that has memory
     template <typename F> void each_head(const F & f) const;

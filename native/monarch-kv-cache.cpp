@@ -4,7 +4,6 @@
 #include "monarch-error.h"
 #include "monarch-io.h"
 #include "monarch-knobs.h"
-#include "monarch-stats.h"
 
 #include "llama-batch.h"
 #include "llama-hparams.h"
@@ -203,15 +202,6 @@ int32_t monarch_kv_cache::n_frames(int32_t il) const {
 monarch_kv_cache::~monarch_kv_cache() {
     if (!hparams.no_alloc) {
         log_stats();
-    }
-}
-
-// the last chance to know: upstream's tools do not ask for statistics
-void monarch_kv_cache::log_stats() const {
-    try {
-        LLAMA_LOG_INFO("%s: statistics: %s\n", __func__, monarch_stats_to_json(get_stats()).c_str());
-    } catch (const std::exception & err) {
-        LLAMA_LOG_WARN("%s: no statistics: %s\n", __func__, err.what());
     }
 }
 
@@ -957,180 +947,6 @@ void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
             data = std::copy(out.slots.begin(), out.slots.end(), data);
         }
     }
-}
-
-//
-// hooks and statistics
-//
-
-// what the step's hooks will be told: promotions first, then page-outs
-std::vector<std::pair<monarch_hook, monarch_event>> monarch_kv_cache::collect_events() const {
-    std::vector<std::pair<monarch_hook, monarch_event>> res;
-
-    if (hooks.on_promote || hooks.on_sticky || hooks.on_page_in) {
-        collect_promotions(res);
-    }
-
-    for (size_t i = 0; i < pending.size() && hooks.on_page_out; ++i) {
-        for (const llama_seq_id seq_id : pending[i].seqs) {
-            res.push_back({ hooks.on_page_out, { seq_id, -1, -1, pending[i].first_pos, knobs.page_size, 0.0f, 0.0f } });
-        }
-    }
-
-    return res;
-}
-
-void monarch_kv_cache::collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const {
-    const monarch_policy policy = get_policy();
-
-    std::vector<const monarch_page_table::page *> by_phys(n_seqs()*n_pages_max);
-    for (uint32_t s = 0; s < n_seqs(); ++s) {
-        for (const auto & page : tables[s].get_pages()) {
-            by_phys[s*n_pages_max + page.phys] = &page;
-        }
-    }
-
-    synchronize();
-
-    for (const auto & cold : store.get_layers()) {
-        auto state = monarch_bytes::read(cold.state);
-
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const monarch_cold_head   head = store.get_head(state, h);
-            const monarch_log_entry * log  = head.log;
-
-            const std::vector<int32_t> filled = hooks.on_page_in ? store.get_filled_pages(cold, h) : std::vector<int32_t>();
-
-            for (int32_t j = 0; j < head.state->n_log; ++j) {
-                if (!(log[j].flags & MONARCH_LOG_PROMOTED)) {
-                    continue;
-                }
-
-                const auto * page = by_phys[log[j].seq*n_pages_max + log[j].page];
-
-                const monarch_event event = { log[j].seq, cold.il, (int32_t) h, page->begin(), page->n_tokens(), log[j].estimated, log[j].measured };
-
-                if (hooks.on_promote) {
-                    res.push_back({ hooks.on_promote, event });
-                }
-                // this promotion is counted when the next step applies the log
-                if (hooks.on_sticky && !(log[j].flags & MONARCH_LOG_STICKY) && monarch_policy_is_sticky(&policy, std::min(head.count[log[j].page] + 1, 255))) {
-                    res.push_back({ hooks.on_sticky, event });
-                }
-                if (std::find(filled.begin(), filled.end(), log[j].page) != filled.end()) {
-                    res.push_back({ hooks.on_page_in, event });
-                }
-            }
-        }
-    }
-}
-
-monarch_stats monarch_kv_cache::get_stats() const {
-    monarch_stats res = {};
-
-    res.struct_size = sizeof(res);
-    res.n_layer     = layers.size();
-    res.n_head_kv   = n_head_kv;
-    res.mode        = mode;
-    res.n_tokens    = n_tokens();
-    res.n_hot       = n_hot();
-    res.n_cold      = pool.n_tokens();
-    res.n_pages     = pool.n_used();
-    res.n_page_outs = n_page_outs;
-    res.hot_bytes   = total_size();
-
-    const monarch_policy policy = get_policy();
-
-    std::vector<int32_t> pages; // physical
-    for (const auto & table : tables) {
-        for (const auto & page : table.get_pages()) {
-            pages.push_back(page.phys);
-        }
-    }
-    std::sort(pages.begin(), pages.end());
-    pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
-
-    for (const auto & cold : store.get_layers()) {
-        res.cold_bytes    += pool.n_used()*n_head_kv*cold.pool->nb[1];
-        res.summary_bytes += pool.n_used()*n_head_kv*monarch_summary_size(head_dim);
-        res.table_bytes   += ggml_nbytes(cold.state);
-        res.frame_bytes   += cold.frames ? ggml_nbytes(cold.frames) : 0;
-
-        for (uint32_t h = 0; h < n_head_kv && cold.frames; ++h) {
-            auto bytes = monarch_bytes::read(cold.frames, monarch_frame_head_offset(n_pages_max, cold.n_frames, h), sizeof(monarch_frame_head));
-
-            const monarch_frame_head * head = (const monarch_frame_head *) bytes.data();
-
-            res.n_page_ins   += head->n_page_ins;
-            res.n_frame_hits += head->n_hits;
-        }
-
-        auto state = monarch_bytes::read(cold.state);
-
-        const monarch_layer_state * layer = (const monarch_layer_state *) state.data();
-
-        res.score_us  += layer->score_us;
-        res.attend_us += layer->attend_us;
-        res.encode_us += layer->encode_us;
-
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const monarch_cold_head head = store.get_head(state, h);
-
-            const bool is_last = head.state->step == committed; // its log is not in the totals yet
-
-            res.n_promotions += head.state->n_promotions + (is_last ? head.state->log_promoted : 0);
-            res.n_scored     += head.state->n_scored     + (is_last ? head.state->log_scored   : 0);
-            res.n_promoted   += is_last ? head.state->log_promoted : 0;
-
-            for (const int32_t page : pages) {
-                res.n_sticky += monarch_policy_is_sticky(&policy, head.count[page]);
-            }
-        }
-    }
-
-    res.table_bytes += n_pages_max*(sizeof(monarch_page_table::page) + 2*sizeof(int32_t) + 1);
-
-    res.cold_bytes_per_token = (double) store.page_size()/knobs.page_size;
-
-    return res;
-}
-
-std::vector<monarch_page> monarch_kv_cache::get_pages(llama_seq_id seq_id) const {
-    if (seq_id < 0 || (uint32_t) seq_id >= n_seqs()) {
-        throw std::runtime_error("sequence " + std::to_string(seq_id) + ": allowed is 0 to " + std::to_string(n_seqs() - 1));
-    }
-
-    const monarch_page_table & table  = tables[seq_id];
-    const monarch_policy       policy = get_policy();
-
-    std::vector<monarch_page> res;
-
-    std::vector<int32_t> index(n_pages_max, -1);
-    for (const auto & page : table.get_pages()) {
-        index[page.phys] = res.size();
-        res.push_back({ page.begin(), page.n_tokens(), 0, 0 });
-    }
-
-    for (const auto & cold : store.get_layers()) {
-        auto state = monarch_bytes::read(cold.state);
-
-        for (uint32_t h = 0; h < n_head_kv; ++h) {
-            const monarch_cold_head head = store.get_head(state, h);
-
-            for (size_t j = 0; j < res.size(); ++j) {
-                res[j].n_sticky   += monarch_policy_is_sticky(&policy, head.count[table.get_pages()[j].phys]);
-                res[j].n_promoted += j < n_attended[seq_id];
-            }
-
-            for (int32_t j = 0; head.state->step == committed && j < head.state->n_log; ++j) {
-                if ((head.log[j].flags & MONARCH_LOG_PROMOTED) && index[head.log[j].page] >= 0) {
-                    res[index[head.log[j].page]].n_promoted++;
-                }
-            }
-        }
-    }
-
-    return res;
 }
 
 //

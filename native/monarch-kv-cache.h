@@ -186,9 +186,12 @@ private:
     uint32_t n_page_outs_pending() const;
     uint32_t n_page_outs_max() const { return n_seqs()*(n_ubatch/knobs.page_size + 2); } // of one step
 
-    std::vector<std::pair<monarch_hook, monarch_event>> collect_events() const;
+    using event_list = std::vector<std::pair<monarch_hook, monarch_event>>;
 
-    void collect_promotions(std::vector<std::pair<monarch_hook, monarch_event>> & res) const;
+    event_list collect_events() const;
+
+    void collect_promotions(event_list & res) const;
+    void collect_promotion (event_list & res, const monarch_event & event, const monarch_log_entry & entry, uint8_t count, const std::vector<int32_t> & filled) const;
 
     monarch_knobs knobs;
     monarch_hooks hooks = {};

@@ -4,6 +4,7 @@
 //
 // A page never changes once it is encoded, so sequences share pages: the pool counts the tables that hold each.
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -28,6 +29,7 @@ public:
     uint32_t n_free()   const { return n_free_left; }
     uint32_t n_used()   const { return refs.size() - n_free_left; }
     uint32_t n_tokens() const { return n_cold; } // of all pages; what is shared counts once
+    size_t   n_bytes()  const;                   // of the pool itself
 
     int32_t take   (uint32_t mask);
     void    share  (int32_t page);
@@ -83,6 +85,7 @@ public:
 
     uint32_t n_pages()  const { return pages.size(); }
     uint32_t n_tokens() const { return n_cold; }
+    size_t   n_bytes()  const { return pages.size()*sizeof(page); }
 
     // positions of the first token and one past the last; -1 and 0 if there is none
     int32_t begin() const;

@@ -65,6 +65,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
+        ${MONARCH_DIR}/monarch-kv-cache-stats.cpp
         ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
         ${MONARCH_DIR}/monarch-page-table.cpp
         ${MONARCH_DIR}/monarch-place.cpp
