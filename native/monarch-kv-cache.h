@@ -103,6 +103,8 @@ private:
 
     void alloc_cold(const llama_model & model, monarch_place place);
 
+    int32_t set_table_runs(monarch_table_run * runs, monarch_table_entry * pages, const llama_ubatch & ubatch) const;
+
     // a page that leaves the hot window in the present step; of several sequences, if they share its slots
     struct page_out {
         int32_t                   phys; // -1: to be encoded; otherwise another sequence's page holds these very tokens

@@ -64,6 +64,7 @@ function(monarch_add_llama target)
         ${MONARCH_DIR}/monarch-graph.cpp
         ${MONARCH_DIR}/monarch-knobs.cpp
         ${MONARCH_DIR}/monarch-kv-cache.cpp
+        ${MONARCH_DIR}/monarch-kv-cache-graph.cpp
         ${MONARCH_DIR}/monarch-kv-cache-state.cpp
         ${MONARCH_DIR}/monarch-kv-cache-stats.cpp
         ${MONARCH_DIR}/monarch-kv-cache-stock.cpp
