@@ -120,6 +120,30 @@ static uint32_t monarch_state_index(std::vector<T> & list, std::vector<int32_t> 
     return numbers[x];
 }
 
+// without the numbers of what it holds
+monarch_state_header monarch_kv_cache::paged_header() const {
+    monarch_state_header res = {};
+
+    res.magic       = MONARCH_STATE_MAGIC;
+    res.version     = MONARCH_STATE_VERSION;
+    res.fingerprint = fingerprint;
+    res.n_layer     = layers.size();
+    res.n_head_kv   = n_head_kv;
+    res.head_dim    = head_dim;
+    res.type_k      = type_k();
+    res.type_v      = type_v();
+    res.page_size   = knobs.page_size;
+    res.bits_k      = knobs.cold_bits_k;
+    res.bits_v      = knobs.cold_bits_v;
+    res.residual_k  = knobs.residual_k;
+    res.scorer      = knobs.scorer;
+    res.sink_tokens = knobs.sink_tokens;
+    res.hot_window  = knobs.hot_window;
+    res.n_page_outs = n_page_outs;
+
+    return res;
+}
+
 monarch_paged_state monarch_kv_cache::paged_describe(llama_seq_id seq_id) const {
     monarch_paged_state res = {};
 
@@ -139,25 +163,10 @@ monarch_paged_state monarch_kv_cache::paged_describe(llama_seq_id seq_id) const 
         res.seqs.push_back({ s, tables[s].n_pages(), (uint32_t) v_cells[0].seq_pos_get(s).size() });
     }
 
-    res.header.magic       = MONARCH_STATE_MAGIC;
-    res.header.version     = MONARCH_STATE_VERSION;
-    res.header.fingerprint = fingerprint;
-    res.header.n_layer     = layers.size();
-    res.header.n_head_kv   = n_head_kv;
-    res.header.head_dim    = head_dim;
-    res.header.type_k      = type_k();
-    res.header.type_v      = type_v();
-    res.header.page_size   = knobs.page_size;
-    res.header.bits_k      = knobs.cold_bits_k;
-    res.header.bits_v      = knobs.cold_bits_v;
-    res.header.residual_k  = knobs.residual_k;
-    res.header.scorer      = knobs.scorer;
-    res.header.sink_tokens = knobs.sink_tokens;
-    res.header.hot_window  = knobs.hot_window;
-    res.header.n_seqs      = res.seqs.size();
-    res.header.n_pages     = res.phys.size();
-    res.header.n_hot       = res.slots.size();
-    res.header.n_page_outs = n_page_outs;
+    res.header         = paged_header();
+    res.header.n_seqs  = res.seqs.size();
+    res.header.n_pages = res.phys.size();
+    res.header.n_hot   = res.slots.size();
 
     return res;
 }
@@ -307,9 +316,11 @@ void monarch_kv_cache::paged_write_sticky(llama_io_write_i & io, const monarch_p
 // read
 //
 
-static void monarch_state_fetch(llama_io_read_i & io, void * dst, size_t size) {
-    if (size > 0) { // an empty vector has no data to copy to
-        io.read(dst, size);
+template <typename T>
+static void monarch_state_fetch_list(llama_io_read_i & io, size_t n, std::vector<T> & dst) {
+    dst.resize(n);
+    if (n > 0) { // an empty vector has no data to copy to
+        io.read(dst.data(), n*sizeof(T));
     }
 }
 
@@ -420,46 +431,47 @@ static void monarch_state_check_ids(const monarch_paged_state & state, llama_seq
     }
 }
 
-void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
-    const monarch_state_header want = paged_describe(0).header;
+// header, sequences, pages and tokens: all that says how much follows
+monarch_paged_state monarch_kv_cache::paged_read_lists(llama_io_read_i & io, llama_seq_id seq_id) const {
+    monarch_paged_state res = {};
 
-    monarch_paged_state state = {};
+    auto & header = res.header;
 
-    state.header.magic = MONARCH_STATE_MAGIC;
-    io.read((char *) &state.header + sizeof(uint32_t), sizeof(state.header) - sizeof(uint32_t));
+    header.magic = MONARCH_STATE_MAGIC;
+    io.read((char *) &header + sizeof(uint32_t), sizeof(header) - sizeof(uint32_t));
 
-    const auto & header = state.header;
-
-    monarch_state_check_header(header, want);
+    monarch_state_check_header(header, paged_header());
     monarch_state_check(header.n_seqs <= LLAMA_MAX_SEQ && header.n_pages <= n_pages_max && header.n_hot <= get_size(), "it holds more than this context can");
 
-    state.seqs.resize(header.n_seqs);
-    monarch_state_fetch(io, state.seqs.data(), state.seqs.size()*sizeof(state.seqs[0]));
+    monarch_state_fetch_list(io, header.n_seqs, res.seqs);
 
     size_t n_pages = 0;
     size_t n_hot   = 0;
-    for (const auto & seq : state.seqs) {
+    for (const auto & seq : res.seqs) {
         monarch_state_check(seq.n_pages <= header.n_pages && seq.n_hot <= header.n_hot, "a damaged header");
         n_pages += seq.n_pages;
         n_hot   += seq.n_hot;
     }
 
-    state.pages .resize(n_pages);
-    state.tokens.resize(n_hot);
+    monarch_state_fetch_list(io, n_pages, res.pages);
+    monarch_state_fetch_list(io, n_hot,   res.tokens);
 
-    monarch_state_fetch(io, state.pages.data(), state.pages.size()*sizeof(state.pages[0]));
-    monarch_state_fetch(io, state.tokens.data(), state.tokens.size()*sizeof(state.tokens[0]));
+    monarch_state_check(monarch_state_get<uint32_t>(io) == res.crc(), "a damaged header");
+    monarch_state_check_ids (res, seq_id, n_seqs());
+    monarch_state_check_seqs(res, n_ctx_seq);
 
-    monarch_state_check(monarch_state_get<uint32_t>(io) == state.crc(), "a damaged header");
-    monarch_state_check_ids (state, seq_id, n_seqs());
-    monarch_state_check_seqs(state, n_ctx_seq);
+    return res;
+}
+
+void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    monarch_paged_state state = paged_read_lists(io, seq_id);
 
     if (!state.seqs.empty()) {
-        monarch_state_read_part(io, paged_hot_size(header.n_hot), state.hot, "a damaged hot window");
-        for (size_t i = 0; i < header.n_pages; ++i) {
+        monarch_state_read_part(io, paged_hot_size(state.header.n_hot), state.hot, "a damaged hot window");
+        for (size_t i = 0; i < state.header.n_pages; ++i) {
             monarch_state_read_part(io, store.page_size(), state.cold, "a damaged page");
         }
-        monarch_state_read_part(io, paged_sticky_size(header.n_pages), state.sticky, "a damaged sticky state");
+        monarch_state_read_part(io, paged_sticky_size(state.header.n_pages), state.sticky, "a damaged sticky state");
     }
 
     bool is_alone = false;

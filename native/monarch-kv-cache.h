@@ -21,6 +21,7 @@
 #include <string>
 
 struct monarch_paged_state;
+struct monarch_state_header;
 struct monarch_stock_state;
 
 class monarch_kv_cache : public llama_kv_cache {
@@ -103,8 +104,6 @@ private:
 
     void alloc_cold(const llama_model & model, monarch_place place);
 
-    int32_t set_table_runs(monarch_table_run * runs, monarch_table_entry * pages, const llama_ubatch & ubatch) const;
-
     // a page that leaves the hot window in the present step; of several sequences, if they share its slots
     struct page_out {
         int32_t                   phys; // -1: to be encoded; otherwise another sequence's page holds these very tokens
@@ -145,7 +144,8 @@ private:
     void     remove     (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     remove_each(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     update_pages(const monarch_page_pool & before);
-    void     log_stats() const;
+
+    int32_t  set_table_runs(monarch_table_run * runs, monarch_table_entry * pages, const llama_ubatch & ubatch) const;
 
     // what the present step asked devices to do is done
     void     synchronize() const;
@@ -169,7 +169,9 @@ private:
     void     stock_restore_layer(const monarch_stock_state & state, size_t i_layer);
 
     // of our own
-    monarch_paged_state paged_describe(llama_seq_id seq_id) const;
+    monarch_state_header paged_header    ()                                          const;
+    monarch_paged_state  paged_describe  (llama_seq_id seq_id)                       const;
+    monarch_paged_state  paged_read_lists(llama_io_read_i & io, llama_seq_id seq_id) const;
 
     void     paged_write_hot   (llama_io_write_i & io, const monarch_paged_state & state) const;
     void     paged_write_cold  (llama_io_write_i & io, const monarch_paged_state & state) const;
@@ -189,6 +191,8 @@ private:
     uint32_t n_page_outs_max() const { return n_seqs()*(n_ubatch/knobs.page_size + 2); } // of one step
 
     using event_list = std::vector<std::pair<monarch_hook, monarch_event>>;
+
+    void log_stats() const;
 
     event_list collect_events() const;
 
