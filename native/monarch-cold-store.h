@@ -38,6 +38,7 @@ public:
     // op: its codec and scorer; no_alloc: tensors without memory, to know how much it would be
     monarch_cold_store(const monarch_op_params & op, uint32_t n_layer, uint32_t n_head_kv, uint32_t n_pages_max, bool no_alloc);
 
+    // pool_buft: memory for blocks; buft: for all else; n_frames: of each KV head, where the two differ
     void add_layer(int32_t il, ggml_backend_buffer_type_t buft, ggml_backend_buffer_type_t pool_buft, int32_t n_frames);
 
     // after the last layer; n_ctx: tokens that it is meant for

@@ -718,20 +718,25 @@ void monarch_kv_cache::remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     llama_kv_cache::seq_rm(seq_id, p0, p1);
 
-    // another sequence may still hold what is gone here
+    if (!changed.empty()) {
+        update_masks(changed, masks);
+    }
+}
+
+// of pages that lost tokens here, which another sequence may still hold; masks: zeros for all pages, so that nothing fails
+void monarch_kv_cache::update_masks(const std::vector<int32_t> & changed, std::vector<uint32_t> & masks) {
     for (const auto & table : tables) {
-        for (size_t i = 0; i < table.n_pages() && !masks.empty(); ++i) {
-            masks[table.get_pages()[i].phys] |= table.get_pages()[i].mask;
+        for (const auto & page : table.get_pages()) {
+            masks[page.phys] |= page.mask;
         }
     }
 
-    if (!changed.empty()) {
-        synchronize();
-    }
+    synchronize();
+
     for (const int32_t phys : changed) {
         if (!pool.is_free(phys) && masks[phys] != pool.get_mask(phys)) {
             pool.set_mask(phys, masks[phys]);
-            store.update_page(phys, pool.get_mask(phys));
+            store.update_page(phys, masks[phys]);
         }
     }
 }

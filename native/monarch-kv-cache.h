@@ -143,6 +143,7 @@ private:
     void     commit_page_outs();
     void     remove     (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     remove_each(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
+    void     update_masks(const std::vector<int32_t> & changed, std::vector<uint32_t> & masks);
     void     update_pages(const monarch_page_pool & before);
 
     int32_t  set_table_runs(monarch_table_run * runs, monarch_table_entry * pages, const llama_ubatch & ubatch) const;
