@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Measures a small model on unmodified upstream: perplexity and recall, on novels that training left out.
 
-    python scripts/eval_small_model.py MODEL.gguf --novels ../shared/data/novels.tar.xz [--json FILE]
+    python scripts/eval_small_model.py MODEL.gguf --novels NOVELS [--json FILE]
+
+NOVELS: a folder or a tar archive of text files; models/README.md says which.
 
 LLAMA_CPP_LIB_PATH, when set, names another library to ask for the needles (with MONARCH_*: its knobs).
 """

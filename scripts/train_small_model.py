@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Trains the small model that ships, from scratch: real language from novels, and recall from generated tasks.
 
-    python scripts/train_small_model.py --novels ../shared/data/novels.tar.xz --work DIR [--out FILE.gguf]
+    python scripts/train_small_model.py --novels NOVELS --work DIR [--out FILE.gguf]
+
+NOVELS: a folder or a tar archive of text files; models/README.md says which.
 
 Needs torch and sentencepiece: `pip install -e '.[train]'`. Stops and resumes at any time: WORK keeps the
 vocabulary and the last checkpoint, and every batch follows from the seed and its step. Runs on CPU and CUDA alike.

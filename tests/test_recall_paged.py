@@ -17,7 +17,7 @@ LENGTHS = [4096, 16384, pytest.param(65536, marks=pytest.mark.long)]
 KNOBS = Knobs(hot_window=256, promote_tokens=512, dense_layers=0)
 
 RECORD = HEAD_DIM // 2 + 2  # 4 bits a value and an f16 scale: 66 bytes for 128 values, 34 for 64
-SUMMARY = 2 * HEAD_DIM + 8  # two statistics of 8 bits a value, their offsets and steps
+SUMMARY = 2 * HEAD_DIM + 8  # eight means of 2 bits a value, and their scales
 
 
 @pytest.fixture(scope="module")
