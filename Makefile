@@ -39,7 +39,7 @@ fuzz: build
 
 # against upstream's own converter and transformers, which bring torch
 test-convert: build
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test,test-convert]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-cache-dir --editable '.[test,test-convert]'
 	$(PYTHON) -m pytest -q tests/test_convert_oracle.py
 
 # the CUDA kernels: emulated on the CPU, and compiled where nvcc is found

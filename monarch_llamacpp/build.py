@@ -16,9 +16,10 @@ from .builder_progress import Progress
 from .builder_stamp import Built, read_stamp, write_stamp
 from .errors import MonarchError, UsageError
 
-# the unpacked source 180 MB, one arm 120 MB
-SPACE_NEEDED = 300 << 20
-CUDA_SPACE_NEEDED = 2 << 30
+# the sdist 75 MB, unpacked 176 MB; an arm 122 MB
+SOURCE_SPACE = 260 << 20
+ARM_SPACE = 140 << 20
+CUDA_ARM_SPACE = 2 << 30
 
 
 def open_lock(cache: Path) -> TextIO:
@@ -71,7 +72,7 @@ class Builder:
 
     def _bring_up_to_date(self, arm: str, arm_dir: Path, targets: list[str]) -> Built:
         if not arm_dir.exists():
-            check_space(self.cache, CUDA_SPACE_NEEDED if self.tools.cuda.architectures else SPACE_NEEDED)
+            check_space(self.cache, self._space_needed())
         built = Built(arm_dir, self._digest(arm), targets, self.tools.cuda.architectures)
         self._write_source(arm, arm_dir / "src")
         self._compile(arm, arm_dir, targets)
@@ -80,6 +81,10 @@ class Builder:
         write_stamp(built)
         self.progress.step(f"{arm}: built in {built.bin_dir}")
         return built
+
+    def _space_needed(self) -> int:
+        arm = CUDA_ARM_SPACE if self.tools.cuda.architectures else ARM_SPACE
+        return arm if builder_source.upstream_dir(self.pin, self.cache).is_dir() else arm + SOURCE_SPACE
 
     def _write_source(self, arm: str, tree: Path) -> None:
         upstream = self._upstream()
@@ -128,7 +133,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cuda-arch", metavar="LIST", help="with the CUDA backend, for these architectures: 75,86,90")
     parser.add_argument("--tools", action="store_true", help=f"also {', '.join(builder_recipe.TOOLS)}")
     parser.add_argument("--sanitizer", choices=builder_recipe.SANITIZERS, help="only the library, instrumented")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at once")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers at once (default: one per CPU)"
+    )
     parser.add_argument("--sdist", type=Path, metavar="FILE", help="the pinned sdist, instead of fetching it with pip")
 
 

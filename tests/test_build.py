@@ -569,8 +569,14 @@ def test_too_little_space_is_noticed_before_the_build(empty_cache: Path, capsys,
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: FreeSpace)
     status, err = command_line(capsys, "build")
     assert status == 1
-    assert err.startswith("error: ") and "1 MB free, a build needs" in err and err.count("\n") == 1
+    assert err.startswith("error: ") and "1 MB free, a build needs 400 MB" in err and err.count("\n") == 1
     assert sorted(file.name for file in empty_cache.iterdir()) == ["lock"]
+
+
+def test_an_arm_beside_the_unpacked_source_needs_less_space(empty_cache: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: FreeSpace)
+    builder_source.upstream_dir(read_pin(), empty_cache).mkdir(parents=True)
+    assert "1 MB free, a build needs 140 MB" in command_line(capsys, "build")[1]
 
 
 class FreeSpace:
