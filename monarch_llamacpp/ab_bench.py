@@ -72,8 +72,7 @@ def _run_once(arm: Arm, flash_attn: int, settings: Settings) -> list[Row]:
     command += ["--n-depth", ",".join(map(str, settings.depths)), "--flash-attn", str(flash_attn)]
     command += ["--n-prompt", str(settings.n_prompt), "--n-gen", str(settings.n_gen)]
     command += ["--cache-type-k", arm.type_kv, "--cache-type-v", arm.type_kv]
-    command += ["--n-gpu-layers", str(settings.n_gpu_layers)]
-    command += ["--threads", str(settings.n_threads)] if settings.n_threads else []
+    command += ["--n-gpu-layers", str(settings.n_gpu_layers), "--threads", str(settings.n_threads)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=arm.environment())
     except FileNotFoundError:

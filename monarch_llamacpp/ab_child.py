@@ -29,7 +29,7 @@ def run_child(arm: Arm, module: str, args: Sequence[object], flash_attn: int, se
     """What the module prints as its last line; what it says on stderr last, where it fails."""
     command = [sys.executable, "-m", module, *map(str, args), "--build", arm.build, "--type-kv", arm.type_kv]
     command += ["--flash-attn", str(flash_attn), "--n-gpu-layers", str(settings.n_gpu_layers)]
-    command += ["--threads", str(settings.n_threads)] if settings.n_threads else []
+    command += ["--threads", str(settings.n_threads)]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=arm.environment())
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"it ended with status {result.returncode}"]
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--build", choices=("stock", "patched"), required=True)
     parser.add_argument("--type-kv", choices=_TYPES, default="f16")
     parser.add_argument("--flash-attn", type=int, default=0)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--n-gpu-layers", type=int, default=-1)
     return parser
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checks import MAX_CTX_SIZE, check_gpu_layers, check_model, check_threads
+from .cores import n_cores
 from .errors import MonarchError, UsageError
 
 PARTS = ("memory", "quality", "speed")
@@ -40,7 +41,7 @@ class Settings:
     depths: Sequence[int]
     n_prompt: int
     n_gen: int
-    n_threads: int | None
+    n_threads: int
     reps: int
     parts: Sequence[str] = PARTS
     text: Path | None = None
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", type=int, dest="n_prompt", metavar="N", help=f"of the prompt; 0: none (quick: {preset.n_prompt})"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="(default: llama-bench's)")
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: the number of cores)")
     parser.add_argument("--n-gpu-layers", type=int, default=-1, metavar="N", help="(default: all, on a CUDA build)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="for quality (default: one is made)")
     parser.add_argument(
@@ -96,7 +97,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     _check_least(args, values)
     for name, least in (("depths", 0), ("lengths", 256)):
         values[name] = _numbers(f"--{name}", values[name], least)
-    given = {"n_threads": args.threads, "n_gpu_layers": args.n_gpu_layers, "parts": _parts(args.parts)}
+    given = {"n_threads": args.threads or n_cores(), "n_gpu_layers": args.n_gpu_layers, "parts": _parts(args.parts)}
     return Settings(args.model, text=args.text, **given, **values)
 
 

@@ -17,6 +17,7 @@ from .chat_input import History, ReadLine, pipe_line, read_entry, terminal_line
 from .chat_state import load_session, save_session
 from .chat_view import ProgressLine, pages_summary, say, turn_line
 from .checks import check_ctx_size, check_gpu_layers, check_threads
+from .cores import n_cores
 from .errors import MonarchError, UsageError
 from .knobs import Knobs, add_knob_arguments, knobs_from_args, specs
 from .output_file import check_flag_output
@@ -249,7 +250,7 @@ def _open_session(args: argparse.Namespace, knobs: Knobs) -> Session:
     from .chat_session import Interrupts, Sampling, Session
     from .llama import Llama
 
-    n_threads = args.threads or _n_cores()
+    n_threads = args.threads or n_cores()
     llm = Llama(
         args.model,
         paging=knobs,
@@ -263,13 +264,6 @@ def _open_session(args: argparse.Namespace, knobs: Knobs) -> Session:
     interrupts.install()
     sampling = Sampling(temp=args.temp) if args.seed is None else Sampling(args.temp, args.seed)
     return Session(llm, interrupts, sampling)
-
-
-def _n_cores() -> int:
-    """Cores, not hardware threads: two threads on one core slow decoding down."""
-    siblings = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
-    cores = len({file.read_text() for file in siblings}) or os.cpu_count() or 1
-    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def _is_piped(stream: object) -> bool:

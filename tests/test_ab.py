@@ -1,5 +1,6 @@
 """The A/B comparison: its parts without a build, then the whole of it on small models."""
 
+import argparse
 import json
 import os
 import random
@@ -22,14 +23,15 @@ import models as random_models
 from monarch_llamacpp import ab, ab_bench, ab_probe, ab_text, recall_text
 from monarch_llamacpp.ab_arms import ARMS, Arm, make_arms
 from monarch_llamacpp.ab_bench import merge_rows
-from monarch_llamacpp.ab_child import check_activity
+from monarch_llamacpp.ab_child import check_activity, run_child
 from monarch_llamacpp.ab_quality_child import Comparison, log_softmax
 from monarch_llamacpp.ab_receipt import environment
 from monarch_llamacpp.ab_report import print_report
 from monarch_llamacpp.ab_rows import Rows, read_rows
-from monarch_llamacpp.ab_settings import Settings
+from monarch_llamacpp.ab_settings import Settings, read_settings
 from monarch_llamacpp.ab_summary import Speeds, verdict
 from monarch_llamacpp.cli import run_command
+from monarch_llamacpp.cores import n_cores
 from monarch_llamacpp.errors import MonarchError
 from monarch_llamacpp.knobs import Knobs, specs
 from monarch_llamacpp.output_file import write_file
@@ -216,6 +218,33 @@ def test_comparing_needs_no_compiler(tmp_path, monkeypatch):
     assert environment([], settings)["compiler"]
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert environment([], settings)["compiler"] is None
+
+
+def parse(*args: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    ab.add_arguments(parser)
+    return parser.parse_args([str(arg) for arg in args])
+
+
+def test_every_process_gets_as_many_threads(tmp_path, monkeypatch):
+    """llama-cpp-python would take half of the CPUs for a token, and llama-bench every core."""
+    commands = []
+
+    def record(command: list[str], **_: object) -> None:
+        commands.append(command)
+        raise FileNotFoundError
+
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    monkeypatch.setattr(subprocess, "run", record)
+    for options in ([], ["--threads", 3]):
+        settings = read_settings(parse(model, *options))
+        with pytest.raises(MonarchError):
+            ab_bench._run_once(make_arm("stock"), 0, settings)
+        with pytest.raises(FileNotFoundError):
+            run_child(make_arm("stock"), "module", [], 0, settings)
+    given = [command[command.index("--threads") + 1] for command in commands]
+    assert given == [str(n_cores())] * 2 + ["3"] * 2
 
 
 def test_a_name_that_is_no_text_does_not_cost_the_page(tmp_path):
