@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, one JSON object per line")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures here")
     parser.add_argument("--resume", action="store_true", help="keep what the --json file has already")
-    add_knob_arguments(parser)
+    add_knob_arguments(parser, hidden=("mode",))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     chosen = {name: getattr(args, name, None) for name in vars(preset)}
     values = {name: vars(preset)[name] if value is None else value for name, value in chosen.items()}
     if args.mode is not None:
-        raise UsageError("--mode belongs to the arms here: choose them with --arms")
+        raise UsageError("--mode belongs to the arms: choose them with --arms, or give one with --arm NAME:mode=...")
     check_model(args.model)
     if args.text and not args.text.is_file():
         raise MonarchError(f"no text at {args.text}: give the path of a text file")

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -190,14 +190,15 @@ class Knobs(Mapping[str, Value]):
         return Knobs(**{**self, **changes})
 
 
-def add_knob_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for every knob."""
+def add_knob_arguments(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
+    """One option for every knob; those hidden are not listed, but parsed: a refusal can say more than argparse."""
     group = parser.add_argument_group("knobs of the paged KV cache")
     for spec in specs().values():
         metavar = "|".join(map(str, spec.choices)) if spec.choices else spec.type.__name__.upper()
         text = f"{spec.help} (default: {spec.default})".replace("%", "%%")
-        # text is validated by knobs_from_args: one line, the same as from the environment
-        group.add_argument(spec.flag, dest=spec.name, metavar=metavar, help=text)
+        shown = argparse.SUPPRESS if spec.name in hidden else text
+        # what is given is validated by knobs_from_args: one line, the same as from the environment
+        group.add_argument(spec.flag, dest=spec.name, metavar=metavar, help=shown)
 
 
 def from_env(environ: Mapping[str, str] | None = None) -> Knobs:

@@ -247,6 +247,13 @@ def test_every_process_gets_as_many_threads(tmp_path, monkeypatch):
     assert given == [str(n_cores())] * 2 + ["3"] * 2
 
 
+def test_help_lists_no_mode(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert "--hot-window" in shown and "--mode" not in shown
+
+
 def test_a_name_that_is_no_text_does_not_cost_the_page(tmp_path):
     write_file(tmp_path / "page.html", os.fsdecode(b"caf\xe9.txt"))
     assert (tmp_path / "page.html").read_text() == "caf?.txt"
