@@ -1,4 +1,4 @@
-"""What a row of an A/B comparison depends on: machine, compiler, and hashes of model, libraries, knobs and text."""
+"""What an A/B comparison depends on: machine, compiler, and hashes of model, libraries, knobs and text."""
 
 from __future__ import annotations
 

@@ -33,13 +33,17 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a GGUF file")
     parser.add_argument("-p", "--prompt", help="answer this and leave; piped input is put before it")
-    parser.add_argument("-f", "--file", help="a text, of any length, put before the first message; - is standard input")
+    parser.add_argument(
+        "-f", "--file", help="a text put before the first message, as long as --ctx-size holds; - is standard input"
+    )
     parser.add_argument("--session", type=Path, metavar="FILE", help="go on with the conversation kept in it")
     parser.add_argument("--ctx-size", type=int, default=0, metavar="N", help="most tokens held (default: as trained)")
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the number of cores)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampler (default: another each time)")
     parser.add_argument("--temp", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: 0.8)")
-    parser.add_argument("-n", "--n-predict", type=int, default=-1, metavar="N", help="most tokens of an answer")
+    parser.add_argument(
+        "-n", "--n-predict", type=int, default=-1, metavar="N", help="most tokens of an answer (default: until it ends)"
+    )
     parser.add_argument("--n-gpu-layers", type=int, default=-1, metavar="N", help="(default: all, on a CUDA build)")
     add_knob_arguments(parser)
 

@@ -14,7 +14,7 @@ from .knobs import Knobs, Spec, Value, find_spec, specs
 
 @dataclass(frozen=True)
 class Stats:
-    """struct monarch_stats: native/monarch.h says what each field counts."""
+    """struct monarch_stats: native/monarch-stats.def says what each field counts."""
 
     n_layer: int
     n_head_kv: int

@@ -3,9 +3,10 @@
 
     python scripts/bench_cpu.py [--shape tinyllama|8b] [--depths 2048,8192,32768] [--json FILE]
 
-Needs `python -m monarch_llamacpp build`. Every arm and repetition is a process of its own, and arms take turns. Depths
-are filled by restoring the same synthetic state in every arm; --check shows at 8192 that a filled cache and a prefilled
-one decode at the same speed, and what llama-bench says there.
+Needs `python -m monarch_llamacpp build`, for --check with --tools; its model stays in the cache folder (0.6 GB, 4.5
+for 8b). Every arm and repetition is a process of its own, and arms take turns. Depths are filled by restoring the same
+synthetic state in every arm; --check shows at 8192 that a filled cache and a prefilled one decode at the same speed,
+and what llama-bench says there.
 """
 
 import argparse
