@@ -112,7 +112,7 @@ monarch_kv_cache::event_list monarch_kv_cache::collect_events() const {
 
     for (size_t i = 0; i < pending.size() && hooks.on_page_out; ++i) {
         for (const llama_seq_id seq_id : pending[i].seqs) {
-            res.push_back({ hooks.on_page_out, { seq_id, -1, -1, pending[i].first_pos, knobs.page_size, 0.0f, 0.0f } });
+            res.push_back({ hooks.on_page_out, { seq_id, -1, -1, pending[i].first_pos, monarch_mask_count(pending[i].mask), 0.0f, 0.0f } });
         }
     }
 

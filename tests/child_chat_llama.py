@@ -79,6 +79,20 @@ def check_hooks_end(llm: Llama) -> None:
     assert seen == []
 
 
+def check_cut_page() -> None:
+    """A page that lost tokens in the hot window is told with those that are left."""
+    import llama_cpp
+
+    llm = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
+    seen = []
+    llm.set_hooks(on_page_out=seen.append)
+    llm.eval([5] * 64)
+    assert llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(llm.ctx), 0, 40, 45)
+    llm.eval([5] * 200)
+    assert [(event.first_pos, event.n_tokens) for event in seen[:3]] == [(16, 16), (32, 11), (48, 16)]
+    assert sum(event.n_tokens for event in seen) == llm.stats().n_cold
+
+
 def check_knobs(llm: Llama) -> None:
     llm.set_knob("mode", "exact")
     llm.set_knob("promote_tokens", "64")
@@ -123,6 +137,7 @@ model = Llama(str(FOLDER / "recall.gguf"), paging=KNOBS, **OPTIONS)
 check_paging(model)
 check_state(model)
 check_hooks_end(model)
+check_cut_page()
 check_knobs(model)
 check_environment()
 check_copies()
