@@ -17,10 +17,12 @@
 // kernels
 //
 
-// the fastest first
-static const monarch_kernel * const monarch_kernels[] = { &monarch_kernel_avx512, &monarch_kernel_avx2, &monarch_kernel_neon, &monarch_kernel_plain };
+static const monarch_kernel * const monarch_kernels[] = {
+#define MONARCH_CPU_KERNEL(name) &monarch_kernel_##name,
+#include "monarch-cpu-kernels.def"
+#undef MONARCH_CPU_KERNEL
+};
 
-// tests compare kernels: MONARCH_KERNEL names the only one that may serve besides the plain path
 static bool monarch_kernel_is_allowed(const monarch_kernel * kernel, bool use_ref) {
     static const char * name = getenv("MONARCH_KERNEL");
 

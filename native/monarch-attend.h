@@ -119,10 +119,9 @@ struct monarch_kernel {
     float (*exp)(int32_t n, float * x, float max);
 };
 
-extern const struct monarch_kernel monarch_kernel_plain;
-extern const struct monarch_kernel monarch_kernel_avx512;
-extern const struct monarch_kernel monarch_kernel_avx2;
-extern const struct monarch_kernel monarch_kernel_neon;
+#define MONARCH_CPU_KERNEL(name) extern const struct monarch_kernel monarch_kernel_##name;
+#include "monarch-cpu-kernels.def"
+#undef MONARCH_CPU_KERNEL
 
 // What the pages get that are not promoted goes to the mean V of the hot window: Ribar et al., SparQ Attention, 2023, who take
 // the mean over all tokens. docs/defaults.md

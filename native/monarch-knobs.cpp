@@ -236,6 +236,27 @@ static monarch_knobs monarch_knobs_from_env() {
     return res;
 }
 
+// "" unless MONARCH_KERNEL names no kernel: the plain path would serve, and nobody would notice
+static std::string monarch_kernel_check_env() {
+    static const char * const names[] = {
+#define MONARCH_CPU_KERNEL(name) #name,
+#include "monarch-cpu-kernels.def"
+#undef MONARCH_CPU_KERNEL
+    };
+
+    const char * text = getenv("MONARCH_KERNEL");
+
+    std::string choices;
+    for (const char * name : names) {
+        if (!text || strcmp(text, name) == 0) {
+            return "";
+        }
+        choices += std::string(" ") + name;
+    }
+
+    return std::string("MONARCH_KERNEL = ") + text + ": must be one of" + choices;
+}
+
 static thread_local bool          pending = false;
 static thread_local monarch_knobs pending_knobs;
 static thread_local uint32_t      pending_seed = 0;
@@ -257,7 +278,10 @@ monarch_knobs monarch_knobs_take() {
 
     pending = false;
 
-    const std::string error = monarch_knobs_check(res);
+    std::string error = monarch_knobs_check(res);
+    if (error.empty() && res.mode != MONARCH_MODE_OFF) {
+        error = monarch_kernel_check_env();
+    }
     if (!error.empty()) {
         throw std::runtime_error(error);
     }

@@ -42,11 +42,12 @@ class Aborter:
         return self.count == self.limit
 
 
-class Stores:
-    """Where the log says that the cold store lies, and how many MiB of it."""
+class Log:
+    """Where it says that the cold store lies, and how many MiB of it; and its one line about kernels."""
 
     def __init__(self) -> None:
         self.sizes: dict[str, float] = {}
+        self.kernels = ""
         self.callback = llama_cpp.llama_log_callback(self.add)
         llama_cpp.llama_log_set(self.callback, None)
 
@@ -55,6 +56,8 @@ class Stores:
         sys.stderr.write(line)
         if found := re.match(r"alloc_cold_buf: +(\S+) cold store = +(\S+) MiB", line):
             self.sizes[found[1]] = float(found[2])
+        if line.startswith("monarch_attend_say_kernels: "):
+            self.kernels = line
 
 
 class Hooks(ctypes.Structure):
@@ -229,13 +232,13 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
 
 def main() -> None:
     register()
-    stores = Stores()
+    log = Log()
     cases = json.load(sys.stdin)
     arrays = {}
     for i, case in enumerate(cases):
-        stores.sizes.clear()
+        log.sizes.clear()
         logits, info = run(case)
-        info["stores"] = stores.sizes
+        info["stores"], info["kernels"] = log.sizes, log.kernels
         arrays[f"logits{i}"] = logits
         arrays[f"info{i}"] = np.array(json.dumps(info))
     np.savez(sys.argv[1], **arrays)

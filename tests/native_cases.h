@@ -14,6 +14,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -41,14 +42,6 @@ void ggml_vec_dot_f32(int n, float * s, size_t, const float * x, size_t, const f
     *s = (float) sum;
 }
 
-double ggml_vec_soft_max_f32(const int n, float * y, const float * x, float max) {
-    double sum = 0.0;
-    for (int i = 0; i < n; ++i) {
-        sum += y[i] = expf(x[i] - max);
-    }
-    return sum;
-}
-
 static void f16_to_float(const void * x, float * y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         y[i] = GGML_FP16_TO_FP32(((const ggml_fp16_t *) x)[i]);
@@ -71,7 +64,11 @@ int64_t ggml_time_us(void) {
     return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-void ggml_log_internal(enum ggml_log_level, const char *, ...) {
+void ggml_log_internal(enum ggml_log_level, const char * format, ...) {
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
 }
 
 void ggml_barrier(struct ggml_threadpool * threadpool) {

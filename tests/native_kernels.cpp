@@ -2,7 +2,7 @@
 //
 // Each line of the input is a case. To the output go, as f32, attention [n_tokens][n_head][head_dim] and the estimated
 // probabilities [n_head_kv][n_pages] of the pages that were promoted; to the error output the least time of n_runs runs in
-// microseconds, one line to a case. MONARCH_KERNEL chooses the kernel.
+// microseconds, one line to a case, and what the op logs. MONARCH_KERNEL chooses the kernel.
 
 #include "native_cases.h"
 

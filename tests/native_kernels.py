@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from kernels import served
 from sanitizer import FLAGS
 
 from monarch_llamacpp import builder_source, paths, pin
@@ -84,6 +85,7 @@ def _run(command: list[str], kernel: str, cases: list[Case]) -> list[tuple[np.nd
     text = "\n".join(" ".join(str(int(value)) for value in case) for case in cases)
     env = os.environ | {"MONARCH_KERNEL": kernel}
     done = subprocess.run(command, input=text.encode(), capture_output=True, env=env, check=True)
+    assert served(done.stderr.decode()) == [kernel, kernel], f"{kernel} did not serve"
     values = np.frombuffer(done.stdout, np.float32)
     results, at = [], 0
     for case in cases:

@@ -304,6 +304,7 @@ def test_abort_at_every_node_changes_nothing(patched_bin: Path, folder: Path, ca
         ({"MONARCH_MODE": "fast"}, "MONARCH_MODE = fast: must be one of off window paged exact auto"),
         ({"MONARCH": "1", "MONARCH_HOT_WINDOW": "8"}, "MONARCH_HOT_WINDOW = 8: must be from 16 to 1048576"),
         ({"MONARCH": "1", "MONARCH_PAGE_SIZE": "12"}, "page_size = 12: must be 8, 16 or 32"),
+        ({"MONARCH": "1", "MONARCH_KERNEL": "avx"}, "MONARCH_KERNEL = avx: must be one of avx512 avx2 neon plain"),
         ({"MONARCH": "1", "MONARCH_FRAMES": "4"}, "frames = 4: frames need cold_tier = ram and a device that"),
     ],
 )
