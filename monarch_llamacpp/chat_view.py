@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from .knobs import Knobs, specs
-from .shim import Page, Stats
+from .shim import Page
+from .stats import Stats
 
 if TYPE_CHECKING:
     from .chat_session import Turn

@@ -93,15 +93,19 @@ class Spec:
 def parse_specs(text: str, origin: str = "monarch-knobs.def") -> dict[str, Spec]:
     """One Spec for every knob line; anything else but comments and empty lines is an error."""
     specs: dict[str, Spec] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("//"):
-            continue
+    for number, line in definitions(text):
         spec = _parse_line(line)
         if spec is None or spec.name in specs:
             raise MonarchError(f"{origin}:{number}: not a knob definition, or defined twice: {line[:60]}")
         specs[spec.name] = spec
     return specs
+
+
+def definitions(text: str) -> Iterator[tuple[int, str]]:
+    """The lines of a .def that are neither comments nor empty, with their numbers."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if (line := line.strip()) and not line.startswith("//"):
+            yield number, line
 
 
 def _parse_line(line: str) -> Spec | None:
@@ -128,11 +132,15 @@ def _consistent(spec: Spec) -> Spec | None:
     return spec if spec._allows(spec.default) else None
 
 
-def read_specs(path: Path) -> dict[str, Spec]:
+def read_definitions(path: Path) -> str:
     try:
-        return parse_specs(path.read_text(encoding="utf-8"), str(path))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise MonarchError(f"cannot read the knob definitions: {error}: reinstall monarch_llamacpp") from None
+        raise MonarchError(f"cannot read {path.name}: {error}: reinstall monarch_llamacpp") from None
+
+
+def read_specs(path: Path) -> dict[str, Spec]:
+    return parse_specs(read_definitions(path), str(path))
 
 
 @lru_cache(maxsize=1)

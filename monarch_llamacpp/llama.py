@@ -12,7 +12,8 @@ from . import library
 from .checks import check_ctx_size, check_gpu_layers, check_model, check_threads
 from .errors import MonarchError
 from .knobs import Knobs, Value, find_spec
-from .shim import Hook, Page, Shim, Stats
+from .shim import Hook, Page, Shim
+from .stats import Stats
 
 _shim_module = library.load()
 

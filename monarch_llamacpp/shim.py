@@ -10,44 +10,7 @@ from typing import Any
 
 from .errors import MonarchError, UsageError
 from .knobs import Knobs, Spec, Value, find_spec, specs
-
-
-@dataclass(frozen=True)
-class Stats:
-    """struct monarch_stats: native/monarch-stats.def says what each field counts."""
-
-    n_layer: int
-    n_head_kv: int
-    mode: str
-    n_tokens: int
-    n_hot: int
-    n_cold: int
-    n_pages: int
-    n_page_outs: int
-    n_page_ins: int
-    n_promotions: int
-    n_promoted: int
-    n_sticky: int
-    n_scored: int
-    hot_bytes: int
-    cold_bytes: int
-    summary_bytes: int
-    frame_bytes: int
-    table_bytes: int
-    cold_bytes_per_token: float
-    score_us: int
-    attend_us: int
-    encode_us: int
-    n_frame_hits: int
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.hot_bytes + self.cold_bytes + self.summary_bytes + self.frame_bytes + self.table_bytes
-
-    @property
-    def n_places(self) -> int:
-        """(layer, KV head) pairs, each of which promotes its own pages."""
-        return max(1, self.n_layer * self.n_head_kv)
+from .stats import Stats
 
 
 @dataclass(frozen=True)

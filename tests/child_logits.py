@@ -12,7 +12,7 @@ Standard input: a JSON list of cases; argument: the .npz to write. A case:
            ["load", file, bytes] of a sequence state; ["damage", file, offsets, bits] loads it cut at each offset and
            with each bit flipped, and reports those that were accepted
   tokens   the tokens that decode steps take in order, position after position
-Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string.
+Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string, with "stats" only where paging is on.
 """
 
 import ctypes
@@ -26,7 +26,10 @@ import numpy as np
 from devices import register
 from metadata_model import init_model
 
+from monarch_llamacpp import stats as monarch_stats
+
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
+C_TYPES = {"U32": ctypes.c_uint32, "MODE": ctypes.c_int32, "U64": ctypes.c_uint64, "F64": ctypes.c_double}
 
 
 class Aborter:
@@ -173,18 +176,26 @@ class Context:
         llama_cpp.llama_model_free(self.model)
 
 
-def stats(ctx: Context) -> dict:
+class StatsStruct(ctypes.Structure):
+    """struct monarch_stats"""
+
+    _fields_ = [("struct_size", ctypes.c_uint32), *((stat.name, C_TYPES[stat.kind]) for stat in monarch_stats.stats())]
+
+
+def stats(ctx: Context) -> dict | None:
+    """All but the times; None where paging is off."""
     lib = llama_cpp.llama_cpp._lib
     if not hasattr(lib, "monarch_get_stats"):
-        return {}
-    # struct monarch_stats: 4 x 32 bits, 15 x 64 bits, a double, 4 x 64 bits
-    buffer = (ctypes.c_uint64 * 22)()
-    ctypes.cast(buffer, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(buffer)
-    lib.monarch_get_stats.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    if lib.monarch_get_stats(ctx.ctx, buffer) != 0:
-        return {}
-    names = "n_tokens n_hot n_cold n_pages n_page_outs n_page_ins n_promotions n_promoted n_sticky n_scored hot_bytes"
-    return dict(zip(names.split(), list(buffer)[2:], strict=False)) | {"n_frame_hits": buffer[21]}
+        return None
+    struct = StatsStruct(struct_size=ctypes.sizeof(StatsStruct))
+    lib.monarch_last_error.restype = ctypes.c_char_p
+    if lib.monarch_get_stats(ctypes.c_void_p(ctx.ctx), ctypes.byref(struct)) != 0:
+        error = lib.monarch_last_error().decode()
+        if error.startswith("the context is not paged"):
+            return None
+        raise RuntimeError(error)
+    names = [stat.name for stat in monarch_stats.stats() if not stat.name.endswith("_us")]
+    return {name: getattr(struct, name) for name in names}
 
 
 def run(case: dict) -> tuple[np.ndarray, dict]:
@@ -224,7 +235,8 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
     info["n_reused"] = llama_cpp.llama_perf_context(ctx.ctx).n_reused
     info["pos_min"] = llama_cpp.llama_memory_seq_pos_min(ctx.memory, 0)
     info["pos_max"] = llama_cpp.llama_memory_seq_pos_max(ctx.memory, 0)
-    info["stats"] = stats(ctx)
+    if found := stats(ctx):
+        info["stats"] = found
     info["n_page_in_events"] = hooks.count
     ctx.close()
     return np.concatenate(logits), info

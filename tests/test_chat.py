@@ -26,7 +26,8 @@ from monarch_llamacpp.errors import MonarchError, UsageError
 from monarch_llamacpp.knobs import Knobs
 from monarch_llamacpp.recall import write_recall_model
 from monarch_llamacpp.recall_text import make_haystack
-from monarch_llamacpp.shim import Page, Stats
+from monarch_llamacpp.shim import Page
+from monarch_llamacpp.stats import Stats
 
 PATIENCE = 120  # seconds for what takes a moment: a bound against hanging, not a measurement
 

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import pickle
+import re
+from dataclasses import asdict
 
 import pytest
 from child_chat_shim import FakeLibrary
@@ -10,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monarch_llamacpp import knobs as knobs_module
+from monarch_llamacpp import stats as stats_module
 from monarch_llamacpp.errors import MonarchError, UsageError
 from monarch_llamacpp.knobs import Knobs, add_knob_arguments, from_env, knobs_from_args, parse_specs, specs
+from monarch_llamacpp.paths import native_dir
 from monarch_llamacpp.shim import Event, Page, Shim
+from monarch_llamacpp.stats import Stats, parse_stats
 
 # the contract with users: these names do not change
 CONTRACT = {
@@ -35,6 +40,40 @@ def test_definitions_hold_the_contract():
     live = {spec.name for spec in specs().values() if spec.live}
     assert live == {"mode", "promote_tokens", "promotion_threshold", "sticky_threshold", "importance_decay"}
     assert all(spec.help for spec in specs().values())
+
+
+def test_enum_values_are_the_indices_of_the_choices():
+    header = (native_dir() / "monarch-enums.h").read_text()
+    found = re.findall(r"^enum monarch_(\w+) \{\n(.*?)^\};", header, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in found] == ["mode", "scorer", "cold_tier"]
+    for name, body in found:
+        values = re.findall(r"^    (\w+) += (\d+),$", body, re.MULTILINE)
+        choices = [f"MONARCH_{name}_{choice}".upper() for choice in specs()[name].choices]
+        assert values == [(choice, str(i)) for i, choice in enumerate(choices)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'MONARCH_STAT_U16(a, "help")',
+        'MONARCH_STAT_U32(a)',
+        'MONARCH_STAT_U32(A, "help")',
+        'MONARCH_STAT_U32(a, "help") x',
+        'MONARCH_STAT_U32(a, "help")\nMONARCH_STAT_U64(a, "help")',
+    ],
+)
+def test_anything_but_a_statistic_is_refused_with_its_line(line):
+    with pytest.raises(MonarchError, match=rf"x\.def:{2 + line.count(chr(10))}: "):
+        parse_stats("// comment\n" + line, "x.def")
+
+
+def test_statistics_are_those_of_the_definitions():
+    stats = Stats(**{stat.name: i for i, stat in enumerate(stats_module.stats(), 1)})
+    assert list(asdict(stats).values()) == list(range(1, len(stats_module.stats()) + 1))
+    assert stats.n_places == stats.n_layer * stats.n_head_kv == 2
+    assert stats.kv_bytes == sum(value for name, value in asdict(stats).items() if name.endswith("_bytes"))
+    assert all(f"{stat.name}: {stat.help}" in Stats.__doc__ for stat in stats_module.stats())
+    assert pickle.loads(pickle.dumps(stats)) == stats
 
 
 @pytest.mark.parametrize(
@@ -218,5 +257,5 @@ def test_an_exception_in_a_hook_is_reported_and_stays_in_python(library, shim, c
 
 
 def test_missing_definitions_are_one_line(tmp_path):
-    with pytest.raises(MonarchError, match="cannot read the knob definitions.*reinstall"):
+    with pytest.raises(MonarchError, match="cannot read none.def: .*reinstall"):
         knobs_module.read_specs(tmp_path / "none.def")

@@ -62,7 +62,7 @@ def same_flags(sanitizer: str) -> None:
 def test_paging_off_is_bit_identical(patched_bin: Path, folder: Path, cases: list[dict], stock: list[Result]) -> None:
     for got, want in zip(run_patched(patched_bin, folder, cases, {}), stock, strict=True):
         assert np.array_equal(got.logits, want.logits)
-        assert got.info["stats"] == {}
+        assert "stats" not in got.info
 
 
 @pytest.mark.usefixtures("same_flags")
