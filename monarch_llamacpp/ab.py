@@ -20,10 +20,10 @@ from .ab_receipt import environment
 from .ab_report import print_report
 from .ab_rows import Rows, read_rows
 from .ab_settings import Settings, read_settings
-from .builder_progress import Progress
 from .errors import UsageError
 from .knobs import add_knob_arguments, knobs_from_args
 from .output_file import check_flag_output, write_file
+from .progress import Progress
 
 _RUN = {"memory": run_probes, "quality": run_quality, "speed": run_bench}
 

@@ -9,7 +9,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 
-from . import builder_recipe, pin
+from . import library
 from .ab_arms import Arm
 from .ab_child import Report, check_activity
 from .ab_lab import Lab
@@ -94,7 +94,7 @@ def _read_stats(log: str, arm: Arm, n_tests: int) -> list[Report | None]:
 
 def _label_row(row: Row, arm: Arm, stats: Report | None) -> Row:
     """Refuses a row of another build: the comparison would be of one thing with itself."""
-    expected = builder_recipe.cmake_options(arm.build, pin.read_pin())["LLAMA_BUILD_COMMIT"]
+    expected = library.build_commit(arm.build)
     if row["build_commit"] != expected:
         raise MonarchError(f"arm {arm.name} ran llama.cpp {row['build_commit']}, not {expected}: build again")
     check_activity(arm, stats, min(row["n_prompt"], row["n_ubatch"]) or 1)

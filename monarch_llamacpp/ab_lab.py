@@ -10,8 +10,8 @@ from .ab_progress import PartProgress
 from .ab_receipt import arm_receipt
 from .ab_rows import Row, Rows
 from .ab_settings import Settings
-from .builder_progress import Progress
 from .errors import MonarchError
+from .progress import Progress
 
 
 class Lab:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from .ab_rows import Row
 from .ab_summary import Quality, Speeds, speed, unique
 from .ab_svg import Axis, area_chart, heat_map, line_chart, linear_axis, log_axis, point_chart
-from .chat_view import MIB
+from .units import MIB
 
 Color = Callable[[str], str]
 

@@ -10,25 +10,25 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
-from . import __version__, builder_cmake, builder_recipe, builder_stamp, info, paths, pin
+from . import __version__, builder_cmake, library, pin
 from .ab_arms import Arm
 from .ab_rows import Row, make_receipt
 from .ab_settings import Settings
 from .errors import MonarchError
+from .versions import installed_versions
 
 
 def environment(arms: Sequence[Arm], settings: Settings) -> Row:
-    pinned = pin.read_pin()
-    built = (builder_stamp.find_built(arm, paths.cache_dir(), pinned) for arm in builder_recipe.ARMS)
+    builds = library.find_builds().values()
     text = {"file": str(settings.text), "sha256": sha256(settings.text)} if settings.text else None
     return {
         "row": "environment",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
-        "pin": vars(pinned),
-        "builds": {build.arm_dir.name: build.digest for build in built if build},
+        "pin": vars(pin.read_pin()),
+        "builds": {build.arm_dir.name: build.digest for build in builds if build},
         "compiler": _compiler(),
-        "versions": info.collect()["versions"],
+        "versions": installed_versions(),
         "model": {"file": str(settings.model), "sha256": sha256(settings.model)},
         "text": text,
         "settings": {name: value for name, value in vars(settings).items() if name not in ("model", "text")},

@@ -13,7 +13,7 @@ from rich.table import Table
 from .ab_arms import STOCK
 from .ab_rows import Row
 from .ab_summary import Quality, Speeds, Test, noise, speed, test_name, unique, verdict
-from .chat_view import MIB
+from .units import MIB
 
 _NOISY = 0.20  # standard deviation over mean
 

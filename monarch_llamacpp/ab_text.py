@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from . import recall, recall_text
+from . import recall_text
 from .errors import MonarchError
 
 SMALL_MODEL_NAME = "monarch small"
@@ -89,7 +89,7 @@ def make_chunks(
 
 
 def _make_chunk(tokenize: Tokenize, bos: int, name: str, n_tokens: int, seed: int) -> list[int]:
-    if name == recall.MODEL_NAME:
+    if name == recall_text.MODEL_NAME:
         return _recall_dialogue(n_tokens, seed)
     tokens = [bos]
     for sentence in _story(n_tokens, seed):
@@ -130,7 +130,7 @@ def make_haystacks(
     made = []
     for length in lengths:
         for seed in range(n_each):
-            if name == recall.MODEL_NAME:
+            if name == recall_text.MODEL_NAME:
                 made.append(_recall_haystack(length, seed))
             else:
                 made.append(_haystack(tokenize, bos, name, length, seed, given))

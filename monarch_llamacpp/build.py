@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 from . import builder_cmake, builder_cuda, builder_recipe, builder_shim, builder_source, paths, pin
-from .builder_progress import Progress
 from .builder_stamp import Built, read_stamp, write_stamp
 from .errors import MonarchError, UsageError
+from .progress import Progress
 
 # the sdist 75 MB, unpacked 176 MB; an arm 122 MB
 SOURCE_SPACE = 260 << 20
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sdist:
         builder_source.verify_sdist(pinned, args.sdist)
     check_python_headers()
-    cuda = builder_cuda.find_cuda(args.cuda_arch) if args.cuda or args.cuda_arch else builder_cuda.NO_CUDA
+    cuda = builder_cuda.find_cuda(args.cuda_arch) if args.cuda or args.cuda_arch else builder_recipe.NO_CUDA
     tools = builder_cmake.find_toolchain(cuda)
     targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if args.tools else ())]
     progress = Progress()

@@ -9,9 +9,9 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from .builder_cuda import NO_CUDA, Cuda
-from .builder_progress import Progress
+from .builder_recipe import NO_CUDA, Cuda
 from .errors import MonarchError
+from .progress import Progress
 
 # variables that change what the compiler is asked to do
 _FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from .builder_recipe import Cuda
 from .errors import MonarchError, UsageError
 
 OLDEST = 75  # Turing: what native/'s kernels are compiled and tested for
@@ -15,16 +16,6 @@ OLDEST = 75  # Turing: what native/'s kernels are compiled and tested for
 _CAPABILITY = re.compile(r"^ *(\d+\.\d+) *$", re.MULTILINE)
 _RELEASE = re.compile(r"release (\d+)\.(\d+)")
 _ARCHITECTURE = re.compile(r"(\d+)[a-z]?(-real|-virtual)?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cuda:
-    architectures: str  # as CMake writes them; empty: no CUDA
-    options: dict[str, str]  # CMake's
-    identity: str  # of the compiler
-
-
-NO_CUDA = Cuda("", {}, "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a build is made of, and the digests that tell whether one on disk is the one wanted."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -8,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import builder_source, paths
-from .builder_cuda import NO_CUDA, Cuda
 from .pin import Pin
 
 ARMS = ("stock", "patched")
@@ -53,6 +53,18 @@ _SANITIZER_OPTIONS = {
         "LLAMA_SANITIZE_THREAD": "ON", "GGML_SANITIZE_THREAD": "ON", "GGML_OPENMP": "OFF",
     },
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuda:
+    """The CUDA backend of a build: builder_cuda finds it."""
+
+    architectures: str  # as CMake writes them; empty: no CUDA
+    options: dict[str, str]  # CMake's
+    identity: str  # of the compiler
+
+
+NO_CUDA = Cuda("", {}, "")
 
 
 def cmake_options(arm: str, pin: Pin, cuda: Cuda = NO_CUDA) -> dict[str, str]:

@@ -11,10 +11,9 @@ import cffi
 import cffi.recompiler
 
 from . import builder_cmake, builder_source
-from .builder_progress import Progress
+from .builder_stamp import SHIM_MODULE, shim_file
 from .errors import MonarchError
-
-MODULE = "_monarch_shim"
+from .progress import Progress
 
 # what monarch.h takes from llama.h
 _LLAMA_TYPES = "typedef int32_t llama_seq_id;\nstruct llama_context;\n"
@@ -59,11 +58,6 @@ def _expand_fields(text: str, macros: dict[str, str]) -> str:
     return "\n".join(re.sub(r"\bname\b", name, macros[macro]) for macro, name in _FIELD.findall(text))
 
 
-def shim_file(bin_dir: Path) -> Path:
-    """The shim for this Python: other Pythons keep theirs in the same folder."""
-    return bin_dir / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-
-
 def ensure_shim(arm_dir: Path, progress: Progress) -> None:
     """Compiles the shim unless the one there came from the same text. A new library starts without any."""
     target = shim_file(arm_dir / "bin")
@@ -82,7 +76,7 @@ def c_source(native: Path) -> str:
     ffi.cdef(declarations(native))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "shim.c")
-        cffi.recompiler.make_c_source(ffi, MODULE, '#include "monarch.h"', str(file))
+        cffi.recompiler.make_c_source(ffi, SHIM_MODULE, '#include "monarch.h"', str(file))
         return file.read_text()
 
 

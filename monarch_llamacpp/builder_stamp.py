@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import os
+import sysconfig
 from pathlib import Path
 
 from . import builder_recipe
 from .pin import Pin
+
+SHIM_MODULE = "_monarch_shim"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,11 @@ class Built:
     @property
     def bin_dir(self) -> Path:
         return self.arm_dir / "bin"
+
+
+def shim_file(bin_dir: Path) -> Path:
+    """The Python shim beside a library, for this Python: others keep theirs in the same folder."""
+    return bin_dir / f"{SHIM_MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def read_stamp(arm_dir: Path) -> Built:

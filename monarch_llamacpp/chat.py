@@ -22,6 +22,7 @@ from .errors import MonarchError, UsageError
 from .knobs import Knobs, add_knob_arguments, knobs_from_args, specs
 from .output_file import check_flag_output
 from .template import PlainText
+from .units import MIB
 
 if TYPE_CHECKING:
     from .chat_session import Session, Turn
@@ -158,7 +159,7 @@ class Chat:
 
     def save(self, path: Path) -> None:
         n_bytes = save_session(self.session, path)
-        say(f"{path}: {len(self.session.decoder.held)} tokens kept in {n_bytes / 2**20:.1f} MiB")
+        say(f"{path}: {len(self.session.decoder.held)} tokens kept in {n_bytes / MIB:.1f} MiB")
 
     def _show(self, turn: Turn) -> None:
         self._progress.clear()

@@ -7,17 +7,29 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .chat_view import knobs_table, pages_picture, say, stats_table
 from .errors import MonarchError, UsageError
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from .chat_session import Session
+    from .llama import Llama
 
 
 class Leave(Exception):
     """/exit"""
+
+
+class Chat(Protocol):
+    """What the commands need of the chat."""
+
+    session: Session
+    llm: Llama
+
+    def regenerate(self) -> None: ...
+    def load(self, path: str) -> None: ...
+    def save(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)

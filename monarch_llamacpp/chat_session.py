@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from .chat_view import Utf8Stream
 from .errors import MonarchError
 from .llama import Llama, llama_cpp  # llama_cpp as that module loaded it: on the patched library
 from .template import ChatTemplate, Message, PlainText, Template
+from .utf8_stream import Utf8Stream
 
 # as llama-cli
 TOP_K = 40

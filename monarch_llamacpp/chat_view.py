@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING
 from .knobs import Knobs, specs
 from .shim import Page
 from .stats import Stats
+from .units import MIB
 
 if TYPE_CHECKING:
     from .chat_session import Turn
-
-MIB = 1 << 20
 
 LEGEND = {
     "S": "sink",
@@ -138,16 +136,3 @@ class ProgressLine:
 
     def _write(self, text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-class Utf8Stream:
-    """Pieces of bytes in, whole characters out; what is no UTF-8 becomes U+FFFD."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, piece: bytes) -> str:
-        return self._decoder.decode(piece)
-
-    def end(self) -> str:
-        return self._decoder.decode(b"", True)

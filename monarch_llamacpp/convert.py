@@ -18,6 +18,7 @@ from .convert_tensors import OUTTYPES, Plan, plan_tensors, write_tensors
 from .convert_vocab import Vocab, add_vocab, read_vocab
 from .errors import MonarchError
 from .output_file import check_gguf_output, replaced
+from .units import MIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     check_gguf_output(args.output)
     folder, name = find_source(args.source)
     n_bytes = convert(folder, args.output, args.outtype, name)
-    print(f"{args.output}: {n_bytes / 2**20:.1f} MiB, {args.outtype}", file=sys.stderr)
+    print(f"{args.output}: {n_bytes / MIB:.1f} MiB, {args.outtype}", file=sys.stderr)
     return 0
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from . import builder_shim, builder_stamp, paths, pin
+from . import builder_recipe, builder_stamp, paths, pin
+from .builder_stamp import Built
 from .errors import MonarchError
 
 BUILD_COMMAND = "python -m monarch_llamacpp build"
@@ -28,6 +29,17 @@ def sanitized_dir(sanitizer: str) -> Path:
     return _bin_dir(sanitizer)
 
 
+def find_builds() -> dict[str, Built | None]:
+    """Stock and patched, as far as they are built."""
+    pinned = pin.read_pin()
+    return {arm: builder_stamp.find_built(arm, paths.cache_dir(), pinned) for arm in builder_recipe.ARMS}
+
+
+def build_commit(arm: str) -> str:
+    """What the arm's tools say they were built from."""
+    return builder_recipe.cmake_options(arm, pin.read_pin())["LLAMA_BUILD_COMMIT"]
+
+
 def _bin_dir(arm: str) -> Path:
     cache = paths.cache_dir()
     if built := builder_stamp.find_built(arm, cache, pin.read_pin()):
@@ -40,7 +52,7 @@ def _bin_dir(arm: str) -> Path:
 def load() -> ModuleType:
     """Makes llama_cpp use the patched library and returns the shim, a cffi module with `ffi` and `lib`."""
     folder = patched_dir()
-    shim = builder_shim.shim_file(folder)
+    shim = builder_stamp.shim_file(folder)
     if not shim.is_file():
         raise MonarchError(f"{shim.name} is not built for this Python: run {BUILD_COMMAND}")
     _choose_for_llama_cpp(folder)
@@ -59,7 +71,7 @@ def _choose_for_llama_cpp(folder: Path) -> None:
 
 
 def _import_file(shim: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(builder_shim.MODULE, shim)
+    spec = importlib.util.spec_from_file_location(builder_stamp.SHIM_MODULE, shim)
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -31,10 +31,8 @@ import numpy as np
 
 from .errors import UsageError
 from .output_file import check_gguf_output, check_output, replaced, write_file
-from .recall_text import make_haystack
+from .recall_text import MODEL_NAME, make_haystack
 from .recall_vocab import BOS, CODE_DIM, COMMON_WEIGHT, EOS, STOP, UNKNOWN, Token, codes, random_signs, spell, tokens
-
-MODEL_NAME = "monarch recall"  # by which `ab` knows it
 
 CONTEXT_LENGTH = 32768
 

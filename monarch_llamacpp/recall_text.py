@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from .errors import UsageError
 from .recall_vocab import BOS, EOS, PARAGRAPH, PHRASE_WORDS, STOP, token_ids, tokenize, tokens
 
+MODEL_NAME = "monarch recall"  # by which `ab` knows it
+
 VALUE_WORDS = 5
 _ROOM_PER_NEEDLE = 64  # a passphrase's sentence and the end of the sentence before it
 

@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 from devices import register
 
-from monarch_llamacpp import builder_shim, library
+from monarch_llamacpp import builder_stamp, library
 from monarch_llamacpp.recall_text import Haystack, Needle, make_haystack
 from monarch_llamacpp.shim import Shim
 
@@ -102,7 +102,7 @@ def piece(context: Context, token: int) -> str:
 
 
 def statistics(context: Context) -> dict | None:
-    if not builder_shim.shim_file(Path(os.environ["LLAMA_CPP_LIB_PATH"])).is_file():
+    if not builder_stamp.shim_file(Path(os.environ["LLAMA_CPP_LIB_PATH"])).is_file():
         return None
     module = library.load()
     return dataclasses.asdict(Shim(module.ffi, module.lib).stats(context.ctx))

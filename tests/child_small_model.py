@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import llama_cpp
 from small_model.needles import ask, is_right, make_needle, tokenize
 
-from monarch_llamacpp import builder_shim, library
+from monarch_llamacpp import builder_stamp, library
 from monarch_llamacpp.recall_text import make_haystack
 from monarch_llamacpp.shim import Shim
 
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def statistics(llm: llama_cpp.Llama) -> dict | None:
-    if not builder_shim.shim_file(Path(os.environ["LLAMA_CPP_LIB_PATH"])).is_file():
+    if not builder_stamp.shim_file(Path(os.environ["LLAMA_CPP_LIB_PATH"])).is_file():
         return None
     module = library.load()
     return dataclasses.asdict(Shim(module.ffi, module.lib).stats(llm.ctx))

@@ -14,8 +14,8 @@ from monarch_llamacpp.ab_quality import run_quality
 from monarch_llamacpp.ab_rows import Rows
 from monarch_llamacpp.ab_settings import Settings
 from monarch_llamacpp.ab_summary import Quality
-from monarch_llamacpp.builder_progress import Progress
 from monarch_llamacpp.knobs import Knobs
+from monarch_llamacpp.progress import Progress
 
 MODEL = TESTS.parent / "models" / "monarch-small.gguf"
 

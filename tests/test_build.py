@@ -29,11 +29,12 @@ from monarch_llamacpp import (
     cli,
     paths,
 )
-from monarch_llamacpp.builder_progress import Progress
+from monarch_llamacpp.builder_recipe import NO_CUDA, Cuda
 from monarch_llamacpp.builder_stamp import Built, find_built
 from monarch_llamacpp.cli import main
 from monarch_llamacpp.errors import MonarchError
 from monarch_llamacpp.pin import read_pin
+from monarch_llamacpp.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -298,7 +299,7 @@ class Project:
         (self.native / "monarch.cpp").write_text("first")
         write_patches(root / "patches")
 
-    def build(self, *arms: str, tools: bool = False, compiler: str = "cc 1", cuda=builder_cuda.NO_CUDA) -> list[Built]:
+    def build(self, *arms: str, tools: bool = False, compiler: str = "cc 1", cuda: Cuda = NO_CUDA) -> list[Built]:
         targets = [builder_recipe.LIBRARY, *(builder_recipe.TOOLS if tools else ())]
         progress = Progress()
         with build.build_lock(self.cache, progress) as lock:
@@ -692,7 +693,7 @@ def test_without_nvcc_cuda_is_refused_in_one_line(capsys, monkeypatch: pytest.Mo
 
 def test_cuda_has_its_own_tree_and_the_last_asked_for_is_used(project: Project, compiler) -> None:
     [cpu] = project.build("patched")
-    cuda = builder_cuda.Cuda("86", {"GGML_CUDA": "ON"}, "nvcc 13")
+    cuda = Cuda("86", {"GGML_CUDA": "ON"}, "nvcc 13")
     [gpu] = project.build("patched", cuda=cuda)
     assert cpu.arm_dir != gpu.arm_dir
     assert find_built("patched", project.cache, project.pin) == gpu

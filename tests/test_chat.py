@@ -21,13 +21,14 @@ from monarch_llamacpp import paths
 from monarch_llamacpp.chat_commands import COMMANDS, read_text, run_command
 from monarch_llamacpp.chat_input import Entry, read_entry
 from monarch_llamacpp.chat_state import HEAD
-from monarch_llamacpp.chat_view import Utf8Stream, pages_picture, pages_summary
+from monarch_llamacpp.chat_view import pages_picture, pages_summary
 from monarch_llamacpp.errors import MonarchError, UsageError
 from monarch_llamacpp.knobs import Knobs
 from monarch_llamacpp.recall import write_recall_model
 from monarch_llamacpp.recall_text import make_haystack
 from monarch_llamacpp.shim import Page
 from monarch_llamacpp.stats import Stats
+from monarch_llamacpp.utf8_stream import Utf8Stream
 
 PATIENCE = 120  # seconds for what takes a moment: a bound against hanging, not a measurement
 

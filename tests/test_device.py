@@ -21,8 +21,8 @@ from monarch_llamacpp.ab_lab import Lab
 from monarch_llamacpp.ab_probe import run_probes
 from monarch_llamacpp.ab_rows import Rows
 from monarch_llamacpp.ab_settings import Settings
-from monarch_llamacpp.builder_progress import Progress
 from monarch_llamacpp.knobs import Knobs
+from monarch_llamacpp.progress import Progress
 from monarch_llamacpp.recall import write_recall_model
 
 ALL, LAST = 99, 2  # layers on the device: of two and the output, all or the last two

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from monarch_llamacpp import builder_shim, builder_source, info, library, paths
-from monarch_llamacpp.builder_progress import Progress
+from monarch_llamacpp import builder_shim, builder_source, builder_stamp, info, library, paths
 from monarch_llamacpp.builder_recipe import build_digest
 from monarch_llamacpp.builder_stamp import Built, write_stamp
 from monarch_llamacpp.cli import main
 from monarch_llamacpp.errors import MonarchError
 from monarch_llamacpp.pin import read_pin
+from monarch_llamacpp.progress import Progress
 
 LLAMA_H = "#include <stdint.h>\n#define LLAMA_API\ntypedef int32_t llama_seq_id;\nstruct llama_context;\n"
 FUNCTION = re.compile(r"^[\w *]+\b(monarch_\w+) *\(", re.MULTILINE)
@@ -71,7 +71,7 @@ def test_the_shim_speaks_to_the_library_beside_it(make_library: Callable[[int], 
 
 
 def test_the_shim_is_compiled_once_and_again_when_the_header_changes(make_library: Callable[[int], Path]) -> None:
-    shim = builder_shim.shim_file(make_library(library.abi_version()))
+    shim = builder_stamp.shim_file(make_library(library.abi_version()))
     arm_dir = shim.parent.parent
     before = shim.stat().st_mtime_ns
     builder_shim.ensure_shim(arm_dir, Progress())
@@ -83,7 +83,7 @@ def test_the_shim_is_compiled_once_and_again_when_the_header_changes(make_librar
 
 
 def test_a_shim_that_does_not_compile_names_its_log(make_library: Callable[[int], Path]) -> None:
-    shim = builder_shim.shim_file(make_library(library.abi_version()))
+    shim = builder_stamp.shim_file(make_library(library.abi_version()))
     (shim.parent.parent / "src/include/llama.h").write_text("#error broken\n")
     shim.unlink()
     with pytest.raises(MonarchError, match=r"did not compile; the full log is .*shim\.log"):
@@ -123,13 +123,13 @@ def test_a_library_of_other_sources_is_refused(make_library: Callable[[int], Pat
 
 
 def test_a_shim_for_another_python_is_not_enough(make_library: Callable[[int], Path]) -> None:
-    builder_shim.shim_file(make_library(library.abi_version())).unlink()
+    builder_stamp.shim_file(make_library(library.abi_version())).unlink()
     with pytest.raises(MonarchError, match="is not built for this Python: run python -m monarch_llamacpp build"):
         library.load()
 
 
 def test_a_damaged_shim_is_refused(make_library: Callable[[int], Path]) -> None:
-    builder_shim.shim_file(make_library(library.abi_version())).write_bytes(b"not a library")
+    builder_stamp.shim_file(make_library(library.abi_version())).write_bytes(b"not a library")
     with pytest.raises(MonarchError, match="does not load .*: delete it and run"):
         library.load()
 

@@ -1,0 +1,3 @@
+"""Units that several commands print."""
+
+MIB = 1 << 20
