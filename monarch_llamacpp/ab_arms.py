@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import library
 from .errors import UsageError
-from .knobs import ENV_PREFIX, Knobs, find_spec, specs
+from .knobs import ENV_PREFIX, Knobs, Value, find_spec, specs
 
 STOCK = "stock"
 
@@ -34,6 +34,11 @@ class Arm:
     @property
     def pages(self) -> bool:
         return self.knobs is not None and self.knobs.mode != "off"
+
+    @property
+    def knob_values(self) -> dict[str, Value] | None:
+        """As rows hold them."""
+        return dict(self.knobs) if self.knobs else None
 
     @property
     def flash_attn(self) -> tuple[int, ...]:

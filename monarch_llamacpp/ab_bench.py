@@ -16,6 +16,7 @@ from .ab_lab import Lab
 from .ab_rows import Row
 from .ab_settings import Settings
 from .errors import MonarchError
+from .stats import Stats
 
 TOOL = "llama-bench"
 
@@ -86,7 +87,7 @@ def _run_once(arm: Arm, flash_attn: int, settings: Settings) -> list[Row]:
 
 def _read_stats(log: str, arm: Arm, n_tests: int) -> list[Report | None]:
     """Of each test's context: a paged cache logs its statistics when it goes."""
-    found = [json.loads(text) for text in _STATS.findall(log)] if arm.pages else [None] * n_tests
+    found = [Stats(**json.loads(text)).with_sums() for text in _STATS.findall(log)] if arm.pages else [None] * n_tests
     if len(found) != n_tests:
         raise MonarchError(f"{TOOL} of {arm.name} logged the statistics of {len(found)} contexts in {n_tests} tests")
     return found
@@ -98,7 +99,7 @@ def _label_row(row: Row, arm: Arm, stats: Report | None) -> Row:
     if row["build_commit"] != expected:
         raise MonarchError(f"arm {arm.name} ran llama.cpp {row['build_commit']}, not {expected}: build again")
     check_activity(arm, stats, min(row["n_prompt"], row["n_ubatch"]) or 1)
-    held = {"knobs": dict(arm.knobs) if arm.knobs else None, "stats": stats}
+    held = {"knobs": arm.knob_values, "stats": stats}
     return {"row": "speed", "arm": arm.name, **_drop_first(row), **held}
 
 

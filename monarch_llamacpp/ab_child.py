@@ -6,7 +6,6 @@ The parent's side is run_child() and check_activity(); everything below them is 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     import llama_cpp
 
 Report = dict[str, Any]
-
-_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20}
 
 
 def run_child(arm: Arm, module: str, args: Sequence[object], flash_attn: int, settings: Settings) -> Report:
@@ -59,7 +56,7 @@ def _contradiction(arm: Arm, stats: Report | None, n_step: int) -> str | None:
         return f"{stats['n_promotions']} pages were promoted"
     if mode == "paged" and not stats["n_promotions"] and stats["n_pages"] > n_new:
         return f"no page of {stats['n_cold']} cold tokens was promoted: see promote_tokens, promotion_threshold"
-    n_places = stats["n_layer"] * stats["n_head_kv"]
+    n_places = stats["n_places"]
     if mode == "exact" and stats["n_promoted"] < (stats["n_pages"] - n_new - 1) * n_places:
         return f"it attended {stats['n_promoted']} of {stats['n_pages'] * n_places} cold pages"
     return None
@@ -69,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--build", choices=("stock", "patched"), required=True)
-    parser.add_argument("--type-kv", choices=_TYPES, default="f16")
+    parser.add_argument("--type-kv", default="f16")
     parser.add_argument("--flash-attn", type=int, default=0)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--n-gpu-layers", type=int, default=-1)
@@ -78,11 +75,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def open_model(args: argparse.Namespace, n_ctx: int, n_ubatch: int) -> llama_cpp.Llama:
     if args.build == "patched":
-        from .llama import Llama
+        from .llama import Llama, llama_cpp
     else:
+        import llama_cpp
         from llama_cpp import Llama
     options = {"n_ctx": n_ctx, "n_batch": n_ubatch, "n_ubatch": n_ubatch, "n_gpu_layers": args.n_gpu_layers}
-    options |= {"type_k": _TYPES[args.type_kv], "type_v": _TYPES[args.type_kv], "flash_attn": bool(args.flash_attn)}
+    type_kv = getattr(llama_cpp, f"GGML_TYPE_{args.type_kv.upper()}")
+    options |= {"type_k": type_kv, "type_v": type_kv, "flash_attn": bool(args.flash_attn)}
     return Llama(args.model, n_threads=args.threads, n_threads_batch=args.threads, verbose=False, **options)
 
 
@@ -91,10 +90,9 @@ def read_stats(llm: llama_cpp.Llama) -> Report | None:
     if not hasattr(llm, "stats"):
         return None
     try:
-        stats = llm.stats()
+        return llm.stats().with_sums()
     except MonarchError:
         return None
-    return dataclasses.asdict(stats) | {"kv_bytes": stats.kv_bytes}
 
 
 def kv_bytes(llm: llama_cpp.Llama, stats: Report | None) -> int:

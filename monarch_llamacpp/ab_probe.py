@@ -53,7 +53,7 @@ def _row(arm: Arm, reports: Mapping[int, Report]) -> Row:
     """Of the setting of the faster tokens; what the other one does better counts, too."""
     flash_attn, best = min(reports.items(), key=lambda item: statistics.median(item[1]["token_ms"]))
     least = {name: min(report[name] for report in reports.values()) for name in _LEAST}
-    held = {"type_kv": arm.type_kv, "flash_attn": flash_attn, "knobs": dict(arm.knobs) if arm.knobs else None}
+    held = {"type_kv": arm.type_kv, "flash_attn": flash_attn, "knobs": arm.knob_values}
     return {"row": "memory", "arm": arm.name, **held, **best, **least}
 
 
@@ -96,8 +96,8 @@ def _point(llm: llama_cpp.Llama) -> list[int]:
     stats = read_stats(llm)
     if stats is None:
         return [llm.n_tokens, llm.n_tokens, 0, 0, 0, kv_bytes(llm, None)]
-    n_places, page = max(1, stats["n_layer"] * stats["n_head_kv"]), llm.knobs().page_size
-    promoted, sticky = (round(stats[name] * page / n_places) for name in ("n_promoted", "n_sticky"))
+    page = llm.knobs().page_size
+    promoted, sticky = (round(stats[name] * page / stats["n_places"]) for name in ("n_promoted", "n_sticky"))
     return [llm.n_tokens, stats["n_hot"], promoted, sticky, stats["n_cold"], stats["kv_bytes"]]
 
 

@@ -14,8 +14,9 @@ from .ab_child import Report, check_activity, run_child
 from .ab_lab import Lab
 from .ab_plan import make_plan
 from .ab_receipt import describe_arm
-from .ab_rows import Row, make_receipt
+from .ab_rows import Row
 from .errors import MonarchError
+from .hashes import hash_value
 
 
 def run_quality(lab: Lab) -> None:
@@ -42,7 +43,7 @@ def run_quality(lab: Lab) -> None:
 def _jobs(lab: Lab, plan: Report) -> list[tuple[Arm, int, str]]:
     """What an earlier run has not done; first stock against itself: what the yardstick is good for."""
     arms = [stock_arm(), *(arm for arm in lab.arms if arm.name != STOCK)]
-    facts = {"plan": make_receipt(plan), "reference": describe_arm(arms[0])}
+    facts = {"plan": hash_value(plan), "reference": describe_arm(arms[0])}
     jobs = []
     for arm in arms:
         taken, receipt = lab.take("quality", arm, **facts)
@@ -55,7 +56,7 @@ def _rows(arm: Arm, flash_attn: int, report: Report, reference: Report, plan: Re
     for run, stats in report["stats"].items():
         check_activity(arm, stats, plan["n_ubatch"] if run == "prefill" else 1)
     head = {"row": "quality", "arm": arm.name, "flash_attn": flash_attn, "type_kv": arm.type_kv, "receipt": receipt}
-    head |= {"knobs": dict(arm.knobs) if arm.knobs else None, "control": (arm.name, flash_attn) == (STOCK, 0)}
+    head |= {"knobs": arm.knob_values, "control": (arm.name, flash_attn) == (STOCK, 0)}
     rows = [*_text_rows(report, plan), *_recall_rows(report, plan), *_continuation_rows(report, reference, plan)]
     return [head | row for row in rows]
 

@@ -101,7 +101,7 @@ class MassTrace:
         stats = read_stats(llm)
         # exact reads every page and tells no hook of it
         is_told = stats is not None and stats["mode"] == "paged"
-        self._n_places = max(1, stats["n_layer"] * stats["n_head_kv"]) if is_told else 0
+        self._n_places = stats["n_places"] if is_told else 0
         if is_told:
             llm.set_hooks(on_promote=self._add, on_sticky=lambda event: self._sticky.add(_place(event)))
 
@@ -230,8 +230,8 @@ def _attended(llm: Any, stats: Report | None) -> float:
     """Share of the tokens held that the last step attended to, a mean over layers and KV heads."""
     if stats is None:
         return 1.0
-    n_places = max(1, stats["n_layer"] * stats["n_head_kv"])
-    return min(1.0, (stats["n_hot"] + stats["n_promoted"] * llm.knobs().page_size / n_places) / stats["n_tokens"])
+    n_attended = stats["n_hot"] + stats["n_promoted"] * llm.knobs().page_size / stats["n_places"]
+    return min(1.0, n_attended / stats["n_tokens"])
 
 
 def _sizes(llm: Any, stats: Report | None, n_tokens: int) -> dict[str, float]:

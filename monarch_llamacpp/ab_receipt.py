@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from collections.abc import Sequence
@@ -12,9 +11,11 @@ from pathlib import Path
 
 from . import __version__, builder_cmake, library, pin
 from .ab_arms import Arm
-from .ab_rows import Row, make_receipt
+from .ab_rows import Row
 from .ab_settings import Settings
+from .cpuinfo import cpu_name
 from .errors import MonarchError
+from .hashes import hash_file, hash_value
 from .versions import installed_versions
 
 
@@ -37,15 +38,15 @@ def environment(arms: Sequence[Arm], settings: Settings) -> Row:
 
 
 def describe_arm(arm: Arm) -> Row:
-    knobs = dict(arm.knobs) if arm.knobs else None
-    return {"build": arm.build, "type_kv": arm.type_kv, "knobs": knobs, "libraries": library_hashes(arm.bin_dir)}
+    held = {"build": arm.build, "type_kv": arm.type_kv, "knobs": arm.knob_values}
+    return held | {"libraries": library_hashes(arm.bin_dir)}
 
 
 def arm_receipt(arm: Arm, settings: Settings, **facts: object) -> str:
-    """facts: what else the rows of this kind depend on."""
+    """Of all that a row depends on, facts included: a resumed comparison takes only rows of the same receipt."""
     common = {"model": sha256(settings.model), "arm": describe_arm(arm), "n_threads": settings.n_threads}
     common |= {"n_gpu_layers": settings.n_gpu_layers}
-    return make_receipt(common | {"machine": machine(), "package": __version__} | facts)
+    return hash_value(common | {"machine": machine(), "package": __version__} | facts)
 
 
 @lru_cache(maxsize=4)
@@ -57,7 +58,7 @@ def library_hashes(folder: Path) -> Row:
 def machine() -> Row:
     return {
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "n_cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
@@ -71,17 +72,7 @@ def _compiler() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 @lru_cache(maxsize=64)
 def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """Once for each file: a receipt of every arm asks for the model's."""
+    return hash_file(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,6 @@ Row = dict[str, Any]
 
 # what tells one row from another
 _KEY = ("row", "arm", "control", "flash_attn", "n_depth", "n_prompt", "n_gen", "metric", "way", "length", "depth")
-
-
-def make_receipt(facts: object) -> str:
-    """Of all that a row depends on: a resumed comparison takes only rows of the same receipt."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _key(row: Row) -> tuple:

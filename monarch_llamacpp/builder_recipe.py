@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import builder_source, paths
+from . import builder_source, cpuinfo, paths
+from .hashes import hash_file, hash_value
 from .pin import Pin
 
 ARMS = ("stock", "patched")
@@ -75,18 +73,11 @@ def cmake_options(arm: str, pin: Pin, cuda: Cuda = NO_CUDA) -> dict[str, str]:
 @functools.cache
 def cpu_features() -> str:
     """What GGML_NATIVE compiles for: a library from another CPU may not run here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "")
-    return " ".join([platform.machine(), *sorted(flags.split())])
-
-
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return cpuinfo.cpu_features()
 
 
 def files_digest(files: Mapping[str, Path]) -> str:
-    return digest({name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()})
+    return hash_value({name: hash_file(file) for name, file in files.items()})
 
 
 def sources_digest(arm: str) -> str:
@@ -94,15 +85,15 @@ def sources_digest(arm: str) -> str:
     if arm == "stock":
         return ""
     folders = {"patches": paths.patches_dir(), "native": paths.native_dir()}
-    return digest({name: files_digest(builder_source.own_files(folder)) for name, folder in folders.items()})
+    return hash_value({name: files_digest(builder_source.own_files(folder)) for name, folder in folders.items()})
 
 
 def tree_key(arm: str, pin: Pin, compiler: str, cuda: Cuda = NO_CUDA) -> str:
     """Names the build tree. The sources are left out: after an edit the same tree is brought up to date."""
-    return digest([arm, pin.sha256, cmake_options(arm, pin, cuda), cpu_features(), compiler + cuda.identity])[:12]
+    return hash_value([arm, pin.sha256, cmake_options(arm, pin, cuda), cpu_features(), compiler + cuda.identity])[:12]
 
 
 def build_digest(arm: str, pin: Pin, cuda: str = "") -> str:
     """Names the contents. Compilers are left out: using a library needs none. cuda: its architectures."""
     backends = [cuda] if cuda else []
-    return digest([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), sources_digest(arm), *backends])
+    return hash_value([arm, pin.sha256, cmake_options(arm, pin), cpu_features(), sources_digest(arm), *backends])

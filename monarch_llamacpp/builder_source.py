@@ -1,6 +1,5 @@
 """From the pinned sdist to source trees: fetch, verify, extract, and keep a tree equal to what it should hold."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from . import builder_patch
 from .errors import MonarchError
+from .hashes import hash_file
 from .pin import Pin
 
 VENDORED = "vendor/llama.cpp"
@@ -57,19 +57,11 @@ def _pip_error(output: str) -> str:
 
 def verify_sdist(pin: Pin, file: Path) -> None:
     try:
-        with file.open("rb") as stream:
-            digest = hash_stream(stream)
+        digest = hash_file(file)
     except OSError as error:
         raise MonarchError(f"{file}: {error.strerror}; name the {pin.sdist} to build from") from error
     if digest != pin.sha256:
         raise MonarchError(f"{file}: SHA-256 {digest} is not the pinned {pin.sha256}: delete the file and build again")
-
-
-def hash_stream(stream) -> str:
-    sha = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        sha.update(block)
-    return sha.hexdigest()
 
 
 def upstream_dir(pin: Pin, cache: Path) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from functools import lru_cache
+from typing import Any
 
 from .errors import MonarchError
 from .knobs import definitions, read_definitions
@@ -53,6 +54,9 @@ class _Sums:
     def n_places(self) -> int:
         """(layer, KV head) pairs, each of which promotes its own pages."""
         return max(1, self.n_layer * self.n_head_kv)
+
+    def with_sums(self) -> dict[str, Any]:
+        return asdict(self) | {"kv_bytes": self.kv_bytes, "n_places": self.n_places}
 
 
 _DOC = "struct monarch_stats. kv_bytes: the bytes of all; n_places: (layer, KV head) pairs.\n\n"

@@ -12,7 +12,6 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import llama_cpp
@@ -24,8 +23,11 @@ sys.path.insert(0, str(ROOT))
 from monarch_llamacpp.device import free_vram  # noqa: E402
 
 MAGIC = 0xAF143CD8  # of a sequence state, pinned llama.cpp
-TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
 BLOCK = {"q4_0": (32, 18), "q8_0": (32, 34)}
+
+
+def type_number(kind: str) -> int:
+    return getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
 
 
 def random_rows(rng: np.random.Generator, n: int, width: int, kind: str) -> np.ndarray:
@@ -50,8 +52,8 @@ def synthetic_state(depth: int, n_layer: int, width: int, kind: str, v_trans: bo
     head = np.array([MAGIC, 0, 1, depth], np.uint32).tobytes() + cells.tobytes()
     head += np.array([v_trans, n_layer], np.uint32).tobytes()
     k, v = random_rows(rng, depth, width, kind), random_rows(rng, depth, width, kind)
-    row_head = np.array([TYPES[kind]], np.int32).tobytes() + np.array([k.shape[1]], np.uint64).tobytes()
-    v_head = np.array([TYPES[kind], 2, width], np.int32).tobytes() if v_trans else row_head
+    row_head = np.array([type_number(kind)], np.int32).tobytes() + np.array([k.shape[1]], np.uint64).tobytes()
+    v_head = np.array([type_number(kind), 2, width], np.int32).tobytes() if v_trans else row_head
     if v_trans:
         v = np.ascontiguousarray(v.view(np.float16).T).view(np.uint8)
     res = np.empty(len(head) + n_layer * (len(row_head) + k.size + len(v_head) + v.size), np.uint8)
@@ -87,7 +89,7 @@ class Context:
         params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = config["n_threads"]
         params.flash_attn_type = int(config["flash_attn"])
-        params.type_k = params.type_v = TYPES[config["type"]]
+        params.type_k = params.type_v = type_number(config["type"])
         free = free_vram()
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
@@ -156,8 +158,7 @@ def forget_peak() -> None:
 def paging_stats(ctx: int) -> dict:
     from monarch_llamacpp.llama import SHIM
 
-    stats = SHIM.stats(ctx)
-    return asdict(stats) | {"kv_bytes": stats.kv_bytes}
+    return SHIM.stats(ctx).with_sums()
 
 
 def main() -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from small_model.needles import ask, is_right, make_needle, tokenize  # noqa: E402
+from small_model.needles import ask, make_needle, tokenize  # noqa: E402
 from small_model.novels import read_novels, split_novels  # noqa: E402
 
 from monarch_llamacpp import library  # noqa: E402
+from monarch_llamacpp.ab_text import is_found  # noqa: E402
 
 os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(library.stock_dir()))
 
@@ -68,7 +69,7 @@ def measure_recall(llm: Llama, text: list[int], n_tokens: int, depth: float, n_f
     for _ in range(n_samples):
         needle = make_needle(llm, text, n_tokens, depth, n_facts, rng)
         answer = ask(llm, needle)
-        if not is_right(answer, needle.fact):
+        if not is_found(answer, needle.fact.value):
             wrong.append([needle.fact.statement, answer])
     row = {"metric": "recall", "n_tokens": n_tokens, "depth": depth, "n_facts": n_facts, "n_samples": n_samples}
     return row | {"value": 1 - len(wrong) / n_samples, "wrong": wrong}

@@ -24,11 +24,11 @@ import sys
 import llama_cpp
 import numpy as np
 from devices import register
+from gguf import GGMLQuantizationType
 from metadata_model import init_model
 
 from monarch_llamacpp import stats as monarch_stats
 
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 C_TYPES = {"U32": ctypes.c_uint32, "MODE": ctypes.c_int32, "U64": ctypes.c_uint64, "F64": ctypes.c_double}
 
 
@@ -102,8 +102,8 @@ class Context:
         cparams.kv_unified = case.get("kv_unified", False)
         cparams.n_threads = cparams.n_threads_batch = case.get("n_threads", 2)
         cparams.flash_attn_type = 1 if case.get("flash_attn") else 0
-        cparams.type_k = TYPES[case.get("type_k", "f16")]
-        cparams.type_v = TYPES[case.get("type_v", "f16")]
+        cparams.type_k = GGMLQuantizationType[case.get("type_k", "f16").upper()]
+        cparams.type_v = GGMLQuantizationType[case.get("type_v", "f16").upper()]
         cparams.no_perf = False
         cparams.offload_kqv = case.get("offload_kqv", True)
         self.ctx = llama_cpp.llama_init_from_model(self.model, cparams)

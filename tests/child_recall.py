@@ -17,12 +17,12 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 from devices import register
+from gguf import GGMLQuantizationType
 
 from monarch_llamacpp import builder_stamp, library
 from monarch_llamacpp.recall_text import Haystack, Needle, make_haystack
 from monarch_llamacpp.shim import Shim
 
-KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "iq4_nl": 20}
 ROOM = 64  # for a question and its answer
 
 
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--needles", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--omit", type=int, action="append", default=[], help="asked for, but not in the haystack")
-    parser.add_argument("--kv-type", choices=KV_TYPES, default="f16")
+    parser.add_argument("--kv-type", default="f16")
     parser.add_argument("--flash-attn", type=int, choices=(0, 1), default=0)
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
@@ -47,7 +47,7 @@ class Context:
         params.n_ctx = args.tokens + ROOM
         params.n_batch = params.n_ubatch = args.ubatch
         params.n_threads = params.n_threads_batch = args.threads
-        params.type_k = params.type_v = KV_TYPES[args.kv_type]
+        params.type_k = params.type_v = GGMLQuantizationType[args.kv_type.upper()]
         params.flash_attn_type = args.flash_attn
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:

@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import llama_cpp
-from small_model.needles import ask, is_right, make_needle, tokenize
+from small_model.needles import ask, make_needle, tokenize
 
 from monarch_llamacpp import builder_stamp, library
+from monarch_llamacpp.ab_text import is_found
 from monarch_llamacpp.recall_text import make_haystack
 from monarch_llamacpp.shim import Shim
 
@@ -49,7 +50,7 @@ def main() -> None:
     for i, depth in enumerate(args.depths):
         needle = make_needle(llm, text, args.tokens, depth, args.facts, random.Random(i))
         answer = ask(llm, needle)
-        right = is_right(answer, needle.fact)
+        right = is_found(answer, needle.fact.value)
         asked.append({"fact": needle.fact.statement, "answer": answer, "right": right, "position": needle.position})
     print(json.dumps({"asked": asked, "stats": statistics(llm)}))
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 import models as random_models
 from monarch_llamacpp import ab, ab_bench, ab_probe, ab_text, recall_text
+from monarch_llamacpp import stats as stats_module
 from monarch_llamacpp.ab_arms import ARMS, Arm, make_arms
 from monarch_llamacpp.ab_bench import merge_rows
 from monarch_llamacpp.ab_child import check_activity, run_child
@@ -36,6 +37,7 @@ from monarch_llamacpp.errors import MonarchError
 from monarch_llamacpp.knobs import Knobs, specs
 from monarch_llamacpp.output_file import write_file
 from monarch_llamacpp.recall import write_recall_model
+from monarch_llamacpp.stats import Stats
 
 # parts
 
@@ -111,7 +113,9 @@ def test_one_slow_repetition_does_not_count_and_is_reported(capsys):
     assert "1 of 2 rows vary by more than 20%" in capsys.readouterr().out
 
 
-STATS = dict(mode="paged", n_layer=2, n_head_kv=3, n_cold=160, n_pages=10, n_promoted=6, n_promotions=5)
+COUNTED = dict(mode="paged", n_layer=2, n_head_kv=3, n_cold=160, n_pages=10, n_promoted=6, n_promotions=5)
+LOGGED = {stat.name: COUNTED.get(stat.name, 0) for stat in stats_module.stats()}
+STATS = Stats(**LOGGED).with_sums()
 
 
 @pytest.mark.parametrize(
@@ -156,8 +160,10 @@ def test_a_speed_that_the_counters_contradict_is_no_measurement():
     ab_bench._label_row(row, arm, STATS | {"n_promotions": 0, "n_pages": 4})  # of the prompt's own tokens
     with pytest.raises(MonarchError, match="does not do what its name says: no page of 160"):
         ab_bench._label_row(row, arm, STATS | {"n_promotions": 0})
+    log = f"load: ...\nlog_stats: statistics: {json.dumps(LOGGED)}\n"
+    assert ab_bench._read_stats(log, arm, 1) == [STATS]
     with pytest.raises(MonarchError, match="statistics of 1 contexts in 2 tests"):
-        ab_bench._read_stats(f"load: ...\nlog_stats: statistics: {json.dumps(STATS)}\n", arm, 2)
+        ab_bench._read_stats(log, arm, 2)
 
 
 def test_report_fits_a_terminal(capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,8 +61,3 @@ def ask(llm: Llama, needle: Needle) -> str:
         written.append(token)
         llm.eval([token])
     return llm.detokenize(written).decode("utf-8", "replace").strip()
-
-
-def is_right(answer: str, fact: Fact) -> bool:
-    """The value, whole, is what counts."""
-    return re.search(rf"(?<!\w){re.escape(fact.value)}(?!\w)", answer) is not None
