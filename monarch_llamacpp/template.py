@@ -22,9 +22,8 @@ MAX_REPEAT = 1 << 20
 
 
 class Template(Protocol):
-    def render(self, messages: list[Message]) -> str: ...
-
-    """The text of the conversation up to where the answer begins."""
+    def render(self, messages: list[Message]) -> str:
+        """The text of the conversation up to where the answer begins."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -93,7 +93,6 @@ class Sequences(Context):
             return llama_cpp.llama_state_set_data(self.ctx, data, len(data)) == len(data), np.empty(0)
         return llama_cpp.llama_state_seq_set_data(self.ctx, data, len(data), seq) == len(data), np.empty(0)
 
-
     def op_forge(self, name: str) -> tuple[int, np.ndarray]:
         self.states[name] = name_a_page_twice(self.states[name])
         return 1, np.empty(0)

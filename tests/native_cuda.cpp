@@ -121,7 +121,7 @@ static double nmse(const float * x, const float * y, size_t n) {
     return error/power;
 }
 
-static void compare_states(const test_case & c, int64_t n_pages_max, world & want, world & got, comparison * res) {
+static void compare_states(int64_t n_pages_max, world & want, world & got, comparison * res) {
     for (int64_t h = 0; h < n_head_kv; ++h) {
         monarch_head_state * a = monarch_state_head(want.state.data(), n_pages_max, h);
         monarch_head_state * b = monarch_state_head(got .state.data(), n_pages_max, h);
@@ -147,7 +147,6 @@ static void compare_states(const test_case & c, int64_t n_pages_max, world & wan
         }
         res->n_state += memcmp(monarch_head_state_count(a, n_pages_max), monarch_head_state_count(b, n_pages_max), n_pages_max) != 0;
     }
-    (void) c;
 }
 
 static std::vector<int32_t> promoted_pages(monarch_head_state * head) {
@@ -399,7 +398,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
         if (!(error <= res.nmse)) {
             res.nmse = error;
         }
-        compare_states(c, n_pages_max, worlds[0], worlds[1], &res);
+        compare_states(n_pages_max, worlds[0], worlds[1], &res);
 
         res.n_pages += memcmp(worlds[0].pool   .data(), worlds[1].pool   .data(), worlds[0].pool   .size) != 0;
         res.n_pages += memcmp(worlds[0].summary.data(), worlds[1].summary.data(), worlds[0].summary.size) != 0;

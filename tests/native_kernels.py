@@ -17,6 +17,10 @@ N_HEAD_KV = 2
 WINDOW, PAGED, EXACT = 1, 2, 3  # enum monarch_mode
 
 
+_OPTIONS = re.compile(r'set_source_files_properties\(([^()]*)PROPERTIES COMPILE_OPTIONS "([^"]+)"\)')
+_CONDITION = re.compile(r"\$<\$<[^>]*>:([^>]*)>")
+
+
 class Case(NamedTuple):
     head_dim: int
     n_gqa: int = 4
@@ -48,13 +52,12 @@ def _sources() -> list[Path]:
 
 
 def _flags(source: Path, machine: str) -> list[str]:
-    """What monarch.cmake adds for this file on this machine."""
-    section = {"x86_64": r'x86_64\|.*?elseif', "aarch64": r'aarch64\|.*?endif'}[machine]
+    """What monarch.cmake adds for this file on this machine, with GCC and Clang."""
     cmake = (paths.native_dir() / "monarch.cmake").read_text()
-    lines = re.search(section, cmake, re.DOTALL)[0]
-    found = re.search(rf'{source.name}\s+PROPERTIES COMPILE_OPTIONS "([^"]+)"', lines)
-    exact = ["-ffp-contract=off"] if source.stem in ("monarch-codec", "monarch-summary") else []
-    return exact + (found[1].split(";") if found else [])
+    every = re.search(r"function\(monarch_add_ggml_cpu .*?    if \(", cmake, re.DOTALL)[0]
+    here = re.search({"x86_64": r"x86_64\|.*?elseif", "aarch64": r"aarch64\|.*?endif"}[machine], cmake, re.DOTALL)[0]
+    added = [options for files, options in _OPTIONS.findall(every + here) if f"/{source.name}\n" in files]
+    return [flag for options in added for flag in _CONDITION.sub(r"\1", options).split(";")]
 
 
 def build(

@@ -468,8 +468,6 @@ def check_speed(rows: list[dict]) -> None:
     assert {row["arm"]: row["knobs"]["mode"] for row in rows if row["knobs"]} == {
         "patched-off": "off", "window": "window", "paged": "paged", "exact": "exact", "narrow": "paged",
     }  # fmt: skip
-
-
     assert all((row["stats"] is None) == (row["arm"] not in PAGED) for row in rows)
     deep = [(row["arm"], row["stats"]) for row in rows if row["n_depth"] and row["stats"]]
     assert all(stats["n_cold"] > 900 and (stats["n_promotions"] > 0) != (arm == "window") for arm, stats in deep)

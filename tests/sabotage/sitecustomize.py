@@ -1,4 +1,4 @@
-"""On the PYTHONPATH of an arm that a test breaks: every tenth position is off by one."""
+"""On the PYTHONPATH of an arm that a test breaks: its positions are a tenth too small."""
 
 import llama_cpp
 
