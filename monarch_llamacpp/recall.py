@@ -25,7 +25,9 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +35,9 @@ from .errors import UsageError
 from .output_file import check_gguf_output, check_output, replaced, write_file
 from .recall_text import MODEL_NAME, make_haystack
 from .recall_vocab import BOS, CODE_DIM, COMMON_WEIGHT, EOS, STOP, UNKNOWN, Token, codes, random_signs, spell, tokens
+
+if TYPE_CHECKING:
+    import gguf
 
 CONTEXT_LENGTH = 32768
 
@@ -100,7 +105,7 @@ def _write_gguf(path: Path, n_head: int, n_head_kv: int, context_length: int) ->
     writer.close()
 
 
-def _add_hparams(writer, n_head: int, n_head_kv: int, context_length: int) -> None:
+def _add_hparams(writer: gguf.GGUFWriter, n_head: int, n_head_kv: int, context_length: int) -> None:
     writer.add_name(MODEL_NAME)
     writer.add_block_count(2)
     writer.add_context_length(context_length)
@@ -117,7 +122,7 @@ def _add_hparams(writer, n_head: int, n_head_kv: int, context_length: int) -> No
     writer.add_file_type(1)  # mostly F16
 
 
-def _add_vocab(writer) -> None:
+def _add_vocab(writer: gguf.GGUFWriter) -> None:
     texts = [token.text for token in tokens()]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")  # whole words need no merges: it looks them up first
@@ -148,7 +153,7 @@ def _tensors(n_head: int, n_head_kv: int) -> dict[str, np.ndarray]:
     return out
 
 
-def _stack_heads(head, n_head: int, n_head_kv: int) -> list[np.ndarray]:
+def _stack_heads(head: Callable[[int], tuple[np.ndarray, ...]], n_head: int, n_head_kv: int) -> list[np.ndarray]:
     group = n_head // n_head_kv
     kv_heads = [head(i) for i in range(n_head_kv)]
     query, result = (np.stack([kv_heads[i // group][part] for i in range(n_head)]) for part in (0, 3))
