@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from monarch_llamacpp import (
+    __version__,
     build,
     builder_cmake,
     builder_cuda,
@@ -721,14 +722,35 @@ def test_debug_adds_the_traceback(capsys) -> None:
 # packaging
 
 
-def test_the_wheel_carries_patches_and_native(tmp_path: Path) -> None:
+def make_wheel(source: Path, folder: Path) -> dict[str, bytes]:
+    """Its files."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, stdout=subprocess.PIPE)
-    [wheel] = tmp_path.glob("*.whl")
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, stdout=subprocess.PIPE)
+    [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_carries_patches_native_and_licences(tmp_path: Path) -> None:
+    files = make_wheel(ROOT, tmp_path)
+    names = set(files)
     data = [file.relative_to(ROOT).as_posix() for folder in ("patches", "native")
             for file in builder_source.own_files(ROOT / folder).values()]
     expected = {f"monarch_llamacpp/_data/{name}" for name in [*data, "LLAMA_CPP_VERSION"]}
     assert expected <= names
     assert not [name for name in names if not name.startswith("monarch_llamacpp")]
+    info = f"monarch_llamacpp-{__version__}.dist-info"
+    for name in ("LICENSE", "NOTICE"):
+        assert files[f"{info}/licenses/{name}"] == (ROOT / name).read_bytes()
+    assert b"\nLicense-Expression: Apache-2.0\n" in files[f"{info}/METADATA"]
+    assert (ROOT / "README.md").read_bytes() in files[f"{info}/METADATA"]
+    assert b"monarch-llamacpp = monarch_llamacpp.cli:main" in files[f"{info}/entry_points.txt"]
+
+
+def test_a_source_distribution_makes_the_same_wheel(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    [sdist] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not {"models", "scripts", "tests"} & {Path(name).parts[1] for name in archive.getnames()}
+    assert make_wheel(sdist, tmp_path / "of-sdist") == make_wheel(ROOT, tmp_path / "of-checkout")
