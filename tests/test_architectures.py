@@ -35,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cases(folder: Path) -> list[dict]:
     steps = [["decode", N_PREFILL]] + [["decode", 1]] * N_DECODE
-    common = {"n_ctx": 256, "n_ubatch": 64, "n_threads": 1, "steps": steps, "tokens": random_tokens(N_PREFILL + N_DECODE)}
+    tokens = random_tokens(N_PREFILL + N_DECODE)
+    common = {"n_ctx": 256, "n_ubatch": 64, "n_threads": 1, "steps": steps, "tokens": tokens}
     files = [write_metadata(folder / f"{arch}.gguf", name or arch.lower(), extra)
              for arch, (name, extra) in ARCHITECTURES.items()]
     return [common | {"metadata": str(file)} for file in files]
