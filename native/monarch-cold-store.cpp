@@ -248,6 +248,14 @@ void monarch_cold_store::apply_logs(const monarch_policy & policy, int32_t commi
     });
 }
 
+// the layers run one after the other
+bool monarch_cold_store::is_encoded(int32_t step) const {
+    monarch_layer_state last;
+    ggml_backend_tensor_get(layers.back().state, &last, 0, sizeof(last));
+
+    return last.encoded == step;
+}
+
 // copies are small
 void monarch_cold_store::forget_logs(int32_t committed) {
     each_head([&](const layer & cold, uint32_t h) {

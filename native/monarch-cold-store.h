@@ -70,6 +70,9 @@ public:
     // summaries of a page that has other tokens now; nothing fails
     void update_page(int32_t phys, uint32_t mask);
 
+    // whether a step's graph ran to its end, and encoded its pages
+    bool is_encoded(int32_t step) const;
+
     // what the last step promoted counts now, before its pages change
     void apply_logs(const monarch_policy & policy, int32_t committed);
 

@@ -285,8 +285,11 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
     const ggml_tensor * state   = dst->src[MONARCH_PAGE_OUT_STATE];
 
     const int32_t * page_outs = (const int32_t *) dst->src[MONARCH_PAGE_OUT_PAGES]->data;
-    const int32_t   n_outs    = page_outs[0];
+    const int32_t   n_outs    = page_outs[MONARCH_PAGE_OUTS_N];
 
+    if (params->ith == 0) {
+        ((monarch_layer_state *) state->data)->encoded = page_outs[MONARCH_PAGE_OUTS_STEP];
+    }
     if (n_outs == 0) {
         return;
     }
@@ -305,7 +308,7 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
 
     for (int64_t i = params->ith; i < n_outs*n_head_kv; i += params->nth) {
         const int64_t   h     = i%n_head_kv;
-        const int32_t * out   = page_outs + 1 + (i/n_head_kv)*(2 + page_size);
+        const int32_t * out   = page_outs + MONARCH_PAGE_OUTS_HEADER + (i/n_head_kv)*(2 + page_size);
         const int64_t   page  = out[0];
 
         monarch_page_out_read(k, h, out + 2, page_size, k_page);

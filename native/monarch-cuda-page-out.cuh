@@ -431,11 +431,14 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
 
     const int32_t head_kv = blockIdx.y;
 
-    if ((int32_t) blockIdx.x >= a.page_outs[0]) {
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+        ((monarch_layer_state *) a.state)->encoded = a.page_outs[MONARCH_PAGE_OUTS_STEP];
+    }
+    if ((int32_t) blockIdx.x >= a.page_outs[MONARCH_PAGE_OUTS_N]) {
         return;
     }
 
-    const int32_t * out   = a.page_outs + 1 + blockIdx.x*(2 + codec.page_size);
+    const int32_t * out   = a.page_outs + MONARCH_PAGE_OUTS_HEADER + blockIdx.x*(2 + codec.page_size);
     const int32_t   page  = out[0];
     const int32_t * slots = out + 2;
 

@@ -62,7 +62,7 @@ ggml_tensor * monarch_kv_cache::build_input_table(ggml_context * ctx) const {
 }
 
 ggml_tensor * monarch_kv_cache::build_input_page_outs(ggml_context * ctx) const {
-    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1 + n_page_outs_max()*(2 + knobs.page_size));
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, MONARCH_PAGE_OUTS_HEADER + n_page_outs_max()*(2 + knobs.page_size));
 
     ggml_set_input(res);
     ggml_set_name(res, "monarch_page_outs");
@@ -136,7 +136,10 @@ int32_t monarch_kv_cache::set_table_runs(monarch_table_run * runs, monarch_table
 void monarch_kv_cache::set_input_page_outs(ggml_tensor * dst) const {
     int32_t * data = (int32_t *) dst->data;
 
-    *data++ = n_page_outs_pending();
+    data[MONARCH_PAGE_OUTS_N]    = n_page_outs_pending();
+    data[MONARCH_PAGE_OUTS_STEP] = step;
+
+    data += MONARCH_PAGE_OUTS_HEADER;
 
     uint32_t i = 0;
     for (const auto & out : pending) {

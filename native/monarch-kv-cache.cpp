@@ -179,6 +179,7 @@ monarch_kv_cache::monarch_kv_cache(
     n_head_kv(model.hparams.n_head_kv(0)), head_dim(op.codec.head_dim),
     n_pages_max(monarch_n_pages_max(cparams.n_ctx, knobs.page_size)),
     fingerprint(monarch_model_fingerprint(model)),
+    is_watched(cparams.cb_eval),
     store(op, layers.size(), n_head_kv, n_pages_max, hparams.no_alloc),
     tables(cparams.n_seq_max), cold_bits(get_size()), n_attended(cparams.n_seq_max) {
     // cold pages bring their own rotation; hot tokens stay as the model made them
@@ -562,7 +563,19 @@ void monarch_kv_cache::abandon(const slot_info & sinfo) {
     pending.clear();
 }
 
+// false: cb_eval stopped the graph
+bool monarch_kv_cache::is_encoded() const {
+    synchronize();
+
+    return store.is_encoded(step);
+}
+
 void monarch_kv_cache::commit() {
+    if (is_watched && !is_encoded()) {
+        pending.clear(); // the step's tokens are there, as in upstream's cache, and nothing leaves the hot window
+        return;
+    }
+
     const monarch_hooks hooks_now = hooks;
     const auto          events    = collect_events();
     const size_t        n_outs    = n_page_outs_pending();

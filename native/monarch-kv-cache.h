@@ -141,6 +141,7 @@ private:
     void     schedule_page_outs();
     void     schedule_page_outs(llama_seq_id seq_id);
     void     commit_page_outs();
+    bool     is_encoded() const;
     void     remove     (llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     remove_each(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void     update_masks(const std::vector<int32_t> & changed, std::vector<uint32_t> & masks);
@@ -212,6 +213,7 @@ private:
     const int32_t  head_dim;
     const uint32_t n_pages_max;
     const uint32_t fingerprint; // of the model
+    const bool     is_watched;  // by a cb_eval, which may stop a graph: llama_decode succeeds then
 
     monarch_cold_store              store;
     monarch_page_pool               pool;

@@ -14,7 +14,8 @@ struct monarch_layer_state {
     uint64_t score_us; // wall time of the first worker thread
     uint64_t attend_us;
     uint64_t encode_us;
-    uint64_t reserved[5];
+    int64_t  encoded;   // the step whose pages were encoded last
+    uint64_t reserved[4];
 };
 
 enum monarch_log_flags {

@@ -1,6 +1,7 @@
 #pragma once
 
-// The op's `table` input: the step's knobs, its runs of tokens, and the cold pages of each sequence.
+// The op's `table` input: the step's knobs, its runs of tokens, and the cold pages of each sequence. And the header of its
+// other input, `page_outs`.
 
 #include "monarch-hd.h"
 
@@ -20,6 +21,12 @@ enum monarch_table_field {
     MONARCH_TABLE_STEP,                // this step
     MONARCH_TABLE_COMMITTED,           // the last step that succeeded
     MONARCH_TABLE_HEADER = 16,
+};
+
+enum monarch_page_outs_field {
+    MONARCH_PAGE_OUTS_N,
+    MONARCH_PAGE_OUTS_STEP, // this step
+    MONARCH_PAGE_OUTS_HEADER,
 };
 
 // consecutive tokens of a ubatch that belong to one sequence

@@ -188,7 +188,7 @@ struct test_monarch_page_out : public test_monarch {
     }
 
     std::vector<int32_t> get_input() override {
-        std::vector<int32_t> res = { n_outs };
+        std::vector<int32_t> res = { n_outs, 7 };
 
         for (int32_t i = 0; i < n_outs; ++i) {
             res.push_back(31 - 3*i);

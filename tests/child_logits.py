@@ -8,9 +8,10 @@ Standard input: a JSON list of cases; argument: the .npz to write. A case:
   seed     order of physical pages (patched library)
   hooks    whether page-ins are counted by a hook (patched library)
   steps    ["decode", n] in one llama_decode; ["rm", p0] removes the tail, ["rm", p0, p1] what lies between; ["clear"];
-           ["abort", n] aborts a decode of n tokens at every node in turn, then decodes them; ["save", file] and
-           ["load", file, bytes] of a sequence state; ["damage", file, offsets, bits] loads it cut at each offset and
-           with each bit flipped, and reports those that were accepted
+           ["abort", n] aborts a decode of n tokens at every node in turn, then decodes them; ["stop", n] likewise
+           stops it by cb_eval, which upstream calls a success, and takes its tokens back; ["save", file] and
+           ["load", file, bytes] of a sequence state; ["damage", file, offsets, bits] loads it cut at each offset
+           and with each bit flipped, and reports those that were accepted
   tokens   the tokens that decode steps take in order, position after position
 Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string, with "stats" only where paging is on.
 """
@@ -63,6 +64,19 @@ class Log:
             self.kernels = line
 
 
+class Stopper:
+    """Stops a graph after a number of nodes, by cb_eval."""
+
+    def __init__(self) -> None:
+        self.limit = -1
+        self.count = 0
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self.check)
+
+    def check(self, _tensor: object, is_asked: bool, _data: object) -> bool:
+        self.count += is_asked
+        return is_asked and self.count == self.limit
+
+
 class Hooks(ctypes.Structure):
     """struct monarch_hooks; counts the pages that came to a frame."""
 
@@ -106,6 +120,9 @@ class Context:
         cparams.type_v = GGMLQuantizationType[case.get("type_v", "f16").upper()]
         cparams.no_perf = False
         cparams.offload_kqv = case.get("offload_kqv", True)
+        self.stopper = Stopper()
+        if any(name == "stop" for name, *_ in case.get("steps", [])):
+            cparams.cb_eval = self.stopper.callback
         self.ctx = llama_cpp.llama_init_from_model(self.model, cparams)
         if not self.ctx:
             raise SystemExit("no context")
@@ -142,6 +159,18 @@ class Context:
             self.aborter.limit = -1
             if status != 2:
                 return status, logits, limit - 1
+
+    def stop_everywhere(self, tokens: list[int], pos: int) -> tuple[int, np.ndarray, int]:
+        """Stops the decode after node 1, 2, ... until it runs through."""
+        limit = 0
+        while True:
+            limit += 1
+            self.stopper.limit, self.stopper.count = limit, 0
+            status, logits = self.decode(tokens, pos)
+            self.stopper.limit = -1
+            if status != 0 or self.stopper.count < limit:
+                return status, logits, limit - 1
+            llama_cpp.llama_memory_seq_rm(self.memory, 0, pos, -1)
 
     def save(self, path: str) -> int:
         data = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(self.ctx, 0))()
@@ -206,12 +235,13 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
         llama_cpp.llama_cpp._lib.monarch_set_hooks(ctypes.c_void_p(ctx.ctx), ctypes.byref(hooks))
     pos, taken, logits, info = 0, 0, [], {"status": [], "aborts": []}
     for name, *args in case["steps"]:
-        if name in ("decode", "abort"):
+        if name in ("decode", "abort", "stop"):
             chunk = tokens[taken : taken + args[0]]
             if name == "decode":
                 status, rows = ctx.decode(chunk, pos)
             else:
-                status, rows, aborts = ctx.abort_everywhere(chunk, pos)
+                everywhere = ctx.abort_everywhere if name == "abort" else ctx.stop_everywhere
+                status, rows, aborts = everywhere(chunk, pos)
                 info["aborts"].append(aborts)
             info["status"].append(status)
             logits.append(rows)

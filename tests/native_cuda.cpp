@@ -270,7 +270,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
     test_tensor v    (hot_type, cc.hot_f32 ? 4 : 2, c.head_dim, n_head_kv, c.n_kv);
     test_tensor mask (mask_type, c.mask_f32 ? 4 : 2, c.n_kv, c.n_tokens, 1);
     test_tensor table(GGML_TYPE_I32, 4, monarch_table_head_size(MAX_RUNS) + 2*MAX_RUNS*n_pages_max, 1, 1);
-    test_tensor outs (GGML_TYPE_I32, 4, 1 + n_outs_max*(2 + c.page_size), 1, 1);
+    test_tensor outs (GGML_TYPE_I32, 4, MONARCH_PAGE_OUTS_HEADER + n_outs_max*(2 + c.page_size), 1, 1);
 
     seed = 1;
 
@@ -324,6 +324,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
 
         int32_t * out = (int32_t *) outs.tensor.data;
         *out++ = 2;
+        *out++ = step;
         for (int32_t i = 0; i < n_outs_max; ++i) {
             *out++ = i == 0 ? c.n_pages/2 + 1 + step : step - 1;
             *out++ = (i == 0 ? all : (random_bits() & all) | 1); // some tokens were removed
@@ -387,7 +388,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
 
         for (int32_t i = 0; i < 2; ++i) {
             for (auto & oracle : oracles) {
-                oracle.forget(((const int32_t *) outs.tensor.data)[1 + i*(2 + c.page_size)]);
+                oracle.forget(((const int32_t *) outs.tensor.data)[MONARCH_PAGE_OUTS_HEADER + i*(2 + c.page_size)]);
             }
         }
         for (int32_t i = 1; i < 4; ++i) {

@@ -297,6 +297,20 @@ def test_abort_at_every_node_changes_nothing(patched_bin: Path, folder: Path, ca
     assert got.info["stats"] == want.info["stats"]
 
 
+def test_a_graph_that_cb_eval_stops_loses_nothing(patched_bin: Path, folder: Path, cases: list[dict]) -> None:
+    """Upstream calls it a success. Taken back and decoded again, as a prefill and where page-outs fall."""
+    env = EXACT_CODEC | {"MONARCH_MODE": "exact", "MONARCH_HOT_WINDOW": "32"}
+    case = cases[1] | {"env": env, "n_ubatch": 64, "tokens": random_tokens(200)}
+    sizes = [100, 64] + [1] * 36
+    calm = case | {"steps": [["decode", n] for n in sizes]}
+    rough = case | {"steps": [["stop" if i == 1 or 20 < i < 24 else "decode", n] for i, n in enumerate(sizes)]}
+    want, got = run_cases(patched_bin, folder, [calm, rough])
+    assert min(got.info["aborts"]) > 20
+    assert nmse(got.logits, want.logits) <= 1e-7
+    # a stop after the last layer's page-outs leaves them done
+    assert got.info["stats"]["n_page_outs"] >= want.info["stats"]["n_page_outs"] > 8
+
+
 @pytest.mark.parametrize(
     ("knobs", "error"),
     [
