@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Decode and prefill at depth: paged and exact against the best of stock llama.cpp, on this machine's CPU.
 
-    python scripts/bench_cpu.py [--shape tinyllama|8b] [--depths 2048,8192,32768] [--json FILE]
+    python scripts/bench_cpu.py [--shape tinyllama|8b|tiny] [--depths 2048,8192,32768] [--json FILE]
 
 Needs `python -m monarch_llamacpp build`, for --check with --tools; its model stays in the cache folder (0.6 GB, 4.5
 for 8b). Every arm and repetition is a process of its own, and arms take turns. Depths are filled by restoring the same

@@ -27,6 +27,7 @@ class Shape:
 SHAPES = {
     "tinyllama": Shape(22, 2048, 5632, 32, 4, 64, 32000, 2048),
     "8b": Shape(32, 4096, 14336, 32, 8, 128, 128256, 131072),
+    "tiny": Shape(2, 128, 256, 2, 1, 64, 256, 2048),  # for a test
 }
 
 TYPES = {"q4_0": gguf.GGMLQuantizationType.Q4_0, "f16": gguf.GGMLQuantizationType.F16}
