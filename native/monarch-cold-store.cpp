@@ -158,7 +158,7 @@ static uint32_t monarch_stats_count_sticky(const monarch_page_pool & pages, cons
 }
 
 void monarch_cold_store::add_stats(monarch_stats & res, const monarch_page_pool & pages, const monarch_policy & policy, int32_t committed) const {
-    res.cold_bytes    += pages.n_used()*page_size();
+    res.cold_bytes    += pages.n_used()*page_bytes();
     res.summary_bytes += pages.n_used()*layers.size()*n_head_kv*monarch_summary_size(codec.head_dim);
 
     for (const auto & cold : layers) {

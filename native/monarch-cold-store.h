@@ -48,7 +48,7 @@ public:
     const std::vector<layer> & get_layers() const { return layers; }
 
     // records of a page, over all layers and KV heads
-    size_t page_size() const { return layers.size()*n_head_kv*monarch_codec_block_size(&codec); }
+    size_t page_bytes() const { return layers.size()*n_head_kv*monarch_codec_block_size(&codec); }
 
     void add_memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & res) const;
 

@@ -469,7 +469,7 @@ void monarch_kv_cache::paged_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (!state.seqs.empty()) {
         monarch_state_read_part(io, paged_hot_size(state.header.n_hot), state.hot, "a damaged hot window");
         for (size_t i = 0; i < state.header.n_pages; ++i) {
-            monarch_state_read_part(io, store.page_size(), state.cold, "a damaged page");
+            monarch_state_read_part(io, store.page_bytes(), state.cold, "a damaged page");
         }
         monarch_state_read_part(io, paged_sticky_size(state.header.n_pages), state.sticky, "a damaged sticky state");
     }

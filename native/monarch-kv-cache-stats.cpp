@@ -36,7 +36,7 @@ monarch_stats monarch_kv_cache::get_stats() const {
 
     store.add_stats(res, pool, get_policy(), committed);
 
-    res.cold_bytes_per_token = (double) store.page_size()/knobs.page_size;
+    res.cold_bytes_per_token = (double) store.page_bytes()/knobs.page_size;
 
     return res;
 }
