@@ -7,6 +7,7 @@
 #include "monarch-summary-math.h"
 
 #include <math.h>
+#include <string.h>
 
 // x in units of a 127th of its greatest magnitude, which is returned
 static inline float monarch_int8_quantize(int64_t n, const float * x, int8_t * dst) {
@@ -33,11 +34,9 @@ static inline int32_t monarch_int8_sum(int64_t n, const int8_t * x) {
 // a rotated query, four x and four y coordinates in turn, as the K codes lie; returns its greatest magnitude
 static inline float monarch_int8_quantize_query(int64_t head_dim, const float * q_rot, int8_t * dst) {
     float sorted[MONARCH_MAX_HEAD_DIM];
-    for (int64_t i = 0; i < head_dim; ++i) {
-        // coordinate i%8 of pair quad i/8
-        const int64_t pair = i/8*4 + i%4;
-
-        sorted[i] = q_rot[i%8 < 4 ? pair : pair + head_dim/2];
+    for (int64_t pair = 0; pair < head_dim/2; pair += 4) {
+        memcpy(sorted + 2*pair + 0, q_rot + pair,              4*sizeof(float));
+        memcpy(sorted + 2*pair + 4, q_rot + pair + head_dim/2, 4*sizeof(float));
     }
     return monarch_int8_quantize(head_dim, sorted, dst);
 }
