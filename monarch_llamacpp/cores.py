@@ -19,7 +19,7 @@ def n_cores(devices: Path = _DEVICES) -> int:
 
 
 def _fast_cpus(devices: Path) -> set[int]:
-    """None where all cores are alike."""
+    """Empty where all cores are alike."""
     listed = devices / "cpu_core" / "cpus"
     parts = listed.read_text().strip().split(",") if listed.is_file() else []
     bounds = (part.partition("-") for part in parts)

@@ -7,9 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-// one past the greatest position that a state may hold: sums of positions cannot overflow
-static const int32_t MONARCH_STATE_MAX_POS = 1 << 30;
-
 template <typename T>
 static inline T monarch_state_get(llama_io_read_i & io) {
     T res;

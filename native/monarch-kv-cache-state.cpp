@@ -369,7 +369,7 @@ static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch
         const monarch_page_table::page page = { 0, pages[i].first_pos, pages[i].mask };
 
         monarch_state_check(page.mask != 0 && page.mask <= mask_max, "a damaged page table");
-        monarch_state_check(page.first_pos >= sink_tokens && page.first_pos < MONARCH_STATE_MAX_POS && page.begin() > begin, "a damaged page table");
+        monarch_state_check(page.first_pos >= sink_tokens && page.first_pos < MONARCH_MAX_POS && page.begin() > begin, "a damaged page table");
 
         begin = page.begin();
 
@@ -381,7 +381,7 @@ static void monarch_state_check_seq(const monarch_state_seq & seq, const monarch
     }
 
     for (uint32_t i = 0; i < seq.n_hot; ++i) {
-        monarch_state_check(tokens[i].pos >= 0 && tokens[i].pos < MONARCH_STATE_MAX_POS && (i == 0 || tokens[i].pos > tokens[i - 1].pos), "damaged positions");
+        monarch_state_check(tokens[i].pos >= 0 && tokens[i].pos < MONARCH_MAX_POS && (i == 0 || tokens[i].pos > tokens[i - 1].pos), "damaged positions");
         pos.push_back(tokens[i].pos);
     }
 

@@ -28,7 +28,7 @@ monarch_stats monarch_kv_cache::get_stats() const {
     res.n_pages     = pool.n_used();
     res.n_page_outs = n_page_outs;
     res.hot_bytes   = total_size();
-    res.table_bytes = pool.n_bytes();
+    res.table_bytes = pool.n_bytes() + cold_bits.size()*sizeof(cold_bits[0]);
 
     for (const auto & table : tables) {
         res.table_bytes += table.n_bytes();

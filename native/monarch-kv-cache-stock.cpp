@@ -54,7 +54,7 @@ static void monarch_state_read_cells(llama_io_read_i & io, uint32_t n, uint32_t 
     for (uint32_t i = 0; i < n; ++i) {
         const llama_pos pos = state.pos[state.order[i]];
 
-        monarch_state_check(pos >= 0 && pos < MONARCH_STATE_MAX_POS, "damaged positions");
+        monarch_state_check(pos >= 0 && pos < MONARCH_MAX_POS, "damaged positions");
         monarch_state_check(i == 0 || pos == state.pos[state.order[i - 1]] + 1, "its positions are not consecutive");
     }
 }

@@ -2,7 +2,6 @@
 
 #include "monarch-crc.h"
 #include "monarch-error.h"
-#include "monarch-io.h"
 #include "monarch-knobs.h"
 
 #include "llama-batch.h"
@@ -269,9 +268,9 @@ bool monarch_kv_cache::is_supported(const llama_ubatch & ubatch, std::vector<lla
                 LLAMA_LOG_ERROR("%s: sequence %d: this context was created with n_seq_max = %u\n", __func__, seq_id, n_seqs());
                 return false;
             }
-            if (pos <= last[seq_id] || pos >= MONARCH_STATE_MAX_POS) {
+            if (pos <= last[seq_id] || pos >= MONARCH_MAX_POS) {
                 LLAMA_LOG_ERROR("%s: sequence %d: position %d: each must be greater than the one before, and less than %d; use mode off\n",
-                        __func__, seq_id, pos, MONARCH_STATE_MAX_POS);
+                        __func__, seq_id, pos, MONARCH_MAX_POS);
                 return false;
             }
             last[seq_id] = pos;

@@ -39,9 +39,8 @@ int32_t monarch_page_pool::get_free(uint32_t i) const {
     return free[n_free_left - 1 - i];
 }
 
-// any page may be free
 size_t monarch_page_pool::n_bytes() const {
-    return refs.size()*(sizeof(free[0]) + sizeof(refs[0]) + sizeof(masks[0]));
+    return refs.size()*(sizeof(free[0]) + sizeof(refs[0]) + sizeof(masks[0]) + sizeof(takes[0]));
 }
 
 int32_t monarch_page_pool::take(uint32_t mask) {

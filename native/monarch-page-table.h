@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <vector>
 
+// one past the greatest position: sums of positions cannot overflow
+static const int32_t MONARCH_MAX_POS = 1 << 30;
+
 // one token of a physical page, for as long as the page is not freed and taken again
 struct monarch_page_bit {
     int32_t  page = -1;

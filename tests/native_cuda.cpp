@@ -292,7 +292,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
         memcpy(worlds[i].pool   .data(), pool   .data.data(), pool   .data.size());
         memcpy(worlds[i].summary.data(), summary.data.data(), summary.data.size());
 
-        // as monarch_kv_cache makes it: only the heads of it are cleared; a page's past is cleared when it is written
+        // as monarch_cold_store makes it: only the heads of it are cleared; a page's past is cleared when it is written
         memset(worlds[i].state.data(), 0, worlds[i].state.size);
         for (int64_t h = 0; h < n_head_kv; ++h) {
             memset((char *) worlds[i].frames.data() + monarch_frame_head_offset(n_pages_max, cc.n_frames, h), 0, sizeof(monarch_frame_head));
