@@ -1,11 +1,11 @@
 """What a build is made of, and the digests that tell whether one on disk is the one wanted."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import builder_source, cpuinfo, paths
+from . import builder_source, paths
+from .cpuinfo import cpu_features
 from .hashes import hash_file, hash_value
 from .pin import Pin
 
@@ -68,12 +68,6 @@ NO_CUDA = Cuda("", {}, "")
 def cmake_options(arm: str, pin: Pin, cuda: Cuda = NO_CUDA) -> dict[str, str]:
     commit = pin.llama_cpp_commit[:9] + ("" if arm == "stock" else "-monarch")
     return _OPTIONS | {"LLAMA_BUILD_COMMIT": commit} | _SANITIZER_OPTIONS.get(arm, {}) | cuda.options
-
-
-@functools.cache
-def cpu_features() -> str:
-    """What GGML_NATIVE compiles for: a library from another CPU may not run here."""
-    return cpuinfo.cpu_features()
 
 
 def files_digest(files: Mapping[str, Path]) -> str:

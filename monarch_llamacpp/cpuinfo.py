@@ -1,5 +1,6 @@
 """The processor, as Linux describes it."""
 
+import functools
 import platform
 from pathlib import Path
 
@@ -8,8 +9,9 @@ def cpu_name() -> str:
     return _read("model name") or platform.machine()
 
 
+@functools.cache
 def cpu_features() -> str:
-    """The machine, then what its processor can do."""
+    """The machine, then what its processor can do: what GGML_NATIVE compiles for, and another CPU may lack."""
     return " ".join([platform.machine(), *sorted(_read("flags", "Features").split())])
 
 

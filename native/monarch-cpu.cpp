@@ -308,7 +308,7 @@ static void monarch_page_out_forward(const ggml_compute_params * params, ggml_te
 
     for (int64_t i = params->ith; i < n_outs*n_head_kv; i += params->nth) {
         const int64_t   h     = i%n_head_kv;
-        const int32_t * out   = page_outs + MONARCH_PAGE_OUTS_HEADER + (i/n_head_kv)*(2 + page_size);
+        const int32_t * out   = monarch_page_outs_get(page_outs, i/n_head_kv, page_size);
         const int64_t   page  = out[0];
 
         monarch_page_out_read(k, h, out + 2, page_size, k_page);

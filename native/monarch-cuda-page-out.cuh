@@ -438,7 +438,7 @@ MONARCH_KERNEL monarch_encode_pages(const monarch_cuda_page_out a) {
         return;
     }
 
-    const int32_t * out   = a.page_outs + MONARCH_PAGE_OUTS_HEADER + blockIdx.x*(2 + codec.page_size);
+    const int32_t * out   = monarch_page_outs_get(a.page_outs, blockIdx.x, codec.page_size);
     const int32_t   page  = out[0];
     const int32_t * slots = out + 2;
 

@@ -208,7 +208,7 @@ static void monarch_cuda_forward_page_out(ggml_tensor * dst, cudaStream_t stream
     a.frames      = monarch_cuda_get_frames(dst->src[MONARCH_PAGE_OUT_FRAMES]);
     a.n_head_kv   = (int32_t) dst->src[MONARCH_PAGE_OUT_K]->ne[1];
     a.n_pages_max = (int32_t) dst->src[MONARCH_PAGE_OUT_POOL]->ne[1];
-    a.n_outs_max  = (int32_t) ((page_outs->ne[0] - MONARCH_PAGE_OUTS_HEADER)/(2 + a.op.codec.page_size));
+    a.n_outs_max  = (int32_t) monarch_page_outs_count(page_outs->ne[0], a.op.codec.page_size);
 
     const dim3 grid(a.n_outs_max, a.n_head_kv);
 

@@ -62,7 +62,7 @@ ggml_tensor * monarch_kv_cache::build_input_table(ggml_context * ctx) const {
 }
 
 ggml_tensor * monarch_kv_cache::build_input_page_outs(ggml_context * ctx) const {
-    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, MONARCH_PAGE_OUTS_HEADER + n_page_outs_max()*(2 + knobs.page_size));
+    ggml_tensor * res = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, monarch_page_outs_size(n_page_outs_max(), knobs.page_size));
 
     ggml_set_input(res);
     ggml_set_name(res, "monarch_page_outs");

@@ -9,7 +9,7 @@
 //   state     I8  [...]                               sticky state and counters of one layer, monarch-state.h
 //   frames    I8  [...]                               copies of promoted pages, monarch-frames.h; null: the pool is as near
 //   table     I32 [...]                               input: the step's knobs, its runs and its cold pages, monarch-table.h
-//   page_outs I32 [header + n_max*(2 + page_size)]    input: count and step, then (physical page, token mask, ring slots) per page to encode
+//   page_outs I32 [...]                               input: the pages to encode, monarch-table.h
 
 #include "ggml.h"
 

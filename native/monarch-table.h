@@ -1,7 +1,7 @@
 #pragma once
 
-// The op's `table` input: the step's knobs, its runs of tokens, and the cold pages of each sequence. And the header of its
-// other input, `page_outs`.
+// The op's `table` input: the step's knobs, its runs of tokens, and the cold pages of each sequence. And its other input,
+// `page_outs`: the pages to encode.
 
 #include "monarch-hd.h"
 
@@ -28,6 +28,20 @@ enum monarch_page_outs_field {
     MONARCH_PAGE_OUTS_STEP, // this step
     MONARCH_PAGE_OUTS_HEADER,
 };
+
+// elements of `page_outs` with room for n pages: of each the physical page, the token mask, and a ring slot for every token
+MONARCH_HD static inline int64_t monarch_page_outs_size(int64_t n, int32_t page_size) {
+    return MONARCH_PAGE_OUTS_HEADER + n*(2 + page_size);
+}
+
+MONARCH_HD static inline int64_t monarch_page_outs_count(int64_t size, int32_t page_size) {
+    return (size - MONARCH_PAGE_OUTS_HEADER)/(2 + page_size);
+}
+
+// the i-th page
+MONARCH_HD static inline const int32_t * monarch_page_outs_get(const int32_t * page_outs, int64_t i, int32_t page_size) {
+    return page_outs + monarch_page_outs_size(i, page_size);
+}
 
 // consecutive tokens of a ubatch that belong to one sequence
 struct monarch_table_run {

@@ -17,6 +17,7 @@ Saved per case: logits<i> [n_decoded, n_vocab] and info<i>, a JSON string, with 
 """
 
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,8 @@ C_TYPES = {"U32": ctypes.c_uint32, "MODE": ctypes.c_int32, "U64": ctypes.c_uint6
 
 class Aborter:
     """Stops a graph after a number of nodes; counts the nodes it was asked about."""
+
+    status = 2  # of llama_decode
 
     def __init__(self) -> None:
         self.limit = -1
@@ -66,6 +69,8 @@ class Log:
 
 class Stopper:
     """Stops a graph after a number of nodes, by cb_eval."""
+
+    status = 0
 
     def __init__(self) -> None:
         self.limit = -1
@@ -149,28 +154,18 @@ class Context:
         llama_cpp.llama_batch_free(batch)
         return status, logits
 
-    def abort_everywhere(self, tokens: list[int], pos: int) -> tuple[int, np.ndarray, int]:
-        """Aborts the decode after node 1, 2, ... until it runs through."""
-        limit = 0
-        while True:
-            limit += 1
-            self.aborter.limit, self.aborter.count = limit, 0
+    def interrupt_everywhere(
+        self, limiter: Aborter | Stopper, tokens: list[int], pos: int
+    ) -> tuple[int, np.ndarray, int]:
+        """Interrupts the decode after node 1, 2, ... until it runs through."""
+        for limit in itertools.count(1):
+            limiter.limit, limiter.count = limit, 0
             status, logits = self.decode(tokens, pos)
-            self.aborter.limit = -1
-            if status != 2:
+            limiter.limit = -1
+            if status != limiter.status or limiter.count < limit:
                 return status, logits, limit - 1
-
-    def stop_everywhere(self, tokens: list[int], pos: int) -> tuple[int, np.ndarray, int]:
-        """Stops the decode after node 1, 2, ... until it runs through."""
-        limit = 0
-        while True:
-            limit += 1
-            self.stopper.limit, self.stopper.count = limit, 0
-            status, logits = self.decode(tokens, pos)
-            self.stopper.limit = -1
-            if status != 0 or self.stopper.count < limit:
-                return status, logits, limit - 1
-            llama_cpp.llama_memory_seq_rm(self.memory, 0, pos, -1)
+            if limiter is self.stopper:  # upstream keeps its tokens
+                llama_cpp.llama_memory_seq_rm(self.memory, 0, pos, -1)
 
     def save(self, path: str) -> int:
         data = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(self.ctx, 0))()
@@ -240,8 +235,8 @@ def run(case: dict) -> tuple[np.ndarray, dict]:
             if name == "decode":
                 status, rows = ctx.decode(chunk, pos)
             else:
-                everywhere = ctx.abort_everywhere if name == "abort" else ctx.stop_everywhere
-                status, rows, aborts = everywhere(chunk, pos)
+                limiter = ctx.aborter if name == "abort" else ctx.stopper
+                status, rows, aborts = ctx.interrupt_everywhere(limiter, chunk, pos)
                 info["aborts"].append(aborts)
             info["status"].append(status)
             logits.append(rows)

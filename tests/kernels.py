@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from monarch_llamacpp import builder_recipe
+from monarch_llamacpp.cpuinfo import cpu_features
 
 
 class Kernel(NamedTuple):
@@ -24,7 +24,7 @@ _SAID = re.compile(r"^monarch_attend_say_kernels: hot window: (\w+), cold pages:
 
 def require(kernel: str) -> None:
     """Skips only what the processor lacks: a kernel that does not notice what it has is an error."""
-    machine, *present = builder_recipe.cpu_features().split()
+    machine, *present = cpu_features().split()
     if machine != KERNELS[kernel].machine:
         pytest.skip(f"{kernel} is for {KERNELS[kernel].machine}, this machine is {machine}")
     if missing := KERNELS[kernel].features - set(present):

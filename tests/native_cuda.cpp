@@ -270,7 +270,7 @@ static comparison cuda_case_run(const cuda_case & cc) {
     test_tensor v    (hot_type, cc.hot_f32 ? 4 : 2, c.head_dim, n_head_kv, c.n_kv);
     test_tensor mask (mask_type, c.mask_f32 ? 4 : 2, c.n_kv, c.n_tokens, 1);
     test_tensor table(GGML_TYPE_I32, 4, monarch_table_head_size(MAX_RUNS) + 2*MAX_RUNS*n_pages_max, 1, 1);
-    test_tensor outs (GGML_TYPE_I32, 4, MONARCH_PAGE_OUTS_HEADER + n_outs_max*(2 + c.page_size), 1, 1);
+    test_tensor outs (GGML_TYPE_I32, 4, monarch_page_outs_size(n_outs_max, c.page_size), 1, 1);
 
     seed = 1;
 
@@ -386,9 +386,12 @@ static comparison cuda_case_run(const cuda_case & cc) {
             res.n_guards += !w.is_whole();
         }
 
+        for (world & w : worlds) {
+            GGML_ASSERT(((const monarch_layer_state *) w.state.data())->encoded == step);
+        }
         for (int32_t i = 0; i < 2; ++i) {
             for (auto & oracle : oracles) {
-                oracle.forget(((const int32_t *) outs.tensor.data)[MONARCH_PAGE_OUTS_HEADER + i*(2 + c.page_size)]);
+                oracle.forget(monarch_page_outs_get((const int32_t *) outs.tensor.data, i, c.page_size)[0]);
             }
         }
         for (int32_t i = 1; i < 4; ++i) {
