@@ -222,13 +222,13 @@ bool monarch_attend_has_rest(const monarch_attend * attend) {
     return monarch_attend_is_selective(attend) && monarch_summary_is_estimate(attend->op.scorer);
 }
 
-// what the pages were estimated to get that were not chosen
+// of what the pages were estimated to get that were not chosen, what goes to the mean V
 static float monarch_row_get_rest(const monarch_row * row, int32_t n_chosen, const int32_t * chosen) {
     float res = row->estimate_sum;
     for (int32_t ic = 0; ic < n_chosen; ++ic) {
         res -= row->mass[chosen[ic]];
     }
-    return res;
+    return MONARCH_REST_WEIGHT*res;
 }
 
 static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, float rest, const float * v) {

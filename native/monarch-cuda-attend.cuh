@@ -65,7 +65,7 @@ struct monarch_cuda_attend {
     int32_t * part_n_v;    // [n_groups][n_hot] of them
     float   * row_max;     // [n_groups][n_rows] of the estimate
     float   * row_inverse; // [n_groups][n_rows] of the estimate
-    float   * row_rest;    // [n_groups][n_rows] estimated mass of the pages that were not chosen, on the scale of row_max
+    float   * row_rest;    // [n_groups][n_rows] what goes to the mean V, on the scale of row_max
     float   * row_lse;     // [n_groups][n_rows] log-sum-exp of all that was attended
     float   * mass;        // [n_groups][n_rows][n_pages_max] logarithms: estimated by page, then measured by choice
     float   * probability; // [n_groups][n_pages_max]

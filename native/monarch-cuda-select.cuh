@@ -277,7 +277,7 @@ MONARCH_KERNEL monarch_select_pages(const monarch_cuda_attend a) {
     }
 }
 
-// per row: what is left of the estimate without the chosen pages
+// per row: of what is left of the estimate without the chosen pages, what goes to the mean V
 // grid: rows, groups; shared: one float to a warp
 MONARCH_KERNEL monarch_estimate_rest(const monarch_cuda_attend a) {
     MONARCH_SHARED(shared);
@@ -301,7 +301,7 @@ MONARCH_KERNEL monarch_estimate_rest(const monarch_cuda_attend a) {
     sum = monarch_block_sum(sum, shared);
 
     if (threadIdx.x == 0) {
-        a.row_rest[i_row] = sum;
+        a.row_rest[i_row] = MONARCH_REST_WEIGHT*sum;
     }
 }
 

@@ -177,12 +177,12 @@ MONARCH_HD static inline bool monarch_summary_is_estimate(int32_t scorer) {
     return scorer != MONARCH_SCORER_MINMAX;
 }
 
-// the logarithm of what a score stands for: all of a page's tokens, or those of one part
+// the logarithm of what a page of n_tokens gets, in units of what its score stands for: one token; a bound counts for all
 MONARCH_HD static inline float monarch_summary_log_count(int32_t scorer, int32_t n_tokens) {
-    if (scorer != MONARCH_SCORER_PARTS) {
-        return logf((float) n_tokens);
-    }
-    return n_tokens > MONARCH_SUMMARY_PARTS ? logf((float) n_tokens/MONARCH_SUMMARY_PARTS) : 0.0f;
+    const float n_scored = scorer == MONARCH_SCORER_PARTS ? fmaxf((float) n_tokens/MONARCH_SUMMARY_PARTS, 1.0f) : (float) n_tokens;
+    const float weight   = monarch_summary_is_estimate(scorer) ? fminf((float) n_tokens, MONARCH_ESTIMATE_WEIGHT) : 1.0f;
+
+    return logf(n_scored*weight);
 }
 
 // what a query's value weighs the statistic of the same dimension with

@@ -41,6 +41,12 @@ extern "C" {
 // c of meanstd; why this value: docs/codec.md
 #define MONARCH_MEANSTD_WEIGHT 0.125f
 
+// what a page gets, in units of what its best part, or its mean, would: docs/defaults.md
+#define MONARCH_ESTIMATE_WEIGHT 3
+
+// how much of what is left out goes to the mean V, which stands for it roughly: docs/defaults.md
+#define MONARCH_REST_WEIGHT 0.5f
+
 // of a Gaussian in 2 bits, in units of its standard deviation: Max, 1960
 #define MONARCH_SUMMARY_STEP 0.9957f
 
