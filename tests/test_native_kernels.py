@@ -117,7 +117,7 @@ def test_scores_choose_the_same_pages(program: Program, scorer: int) -> None:
 
 @pytest.mark.parametrize("scorer", [0, 1, 2])
 def test_rest_goes_to_the_mean_v_of_the_hot_window(program: Program, scorer: int) -> None:
-    """With no page promoted: the hot window's attention and its mean V, weighted by half the estimate. minmax: no rest."""
+    """With no page promoted: the hot window's attention and its mean V, weighted by half the estimate; minmax: none."""
     base = [Case(head_dim, n_gqa=1, n_pages=37, n_promote=0, scorer=scorer, n_kv=75) for head_dim in HEAD_DIMS]
 
     def cases(**changes: int) -> list[Case]:
