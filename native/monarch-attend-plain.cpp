@@ -86,15 +86,6 @@ static float monarch_mask_get(const ggml_tensor * mask, int64_t i_kv, int64_t i_
     return mask->type == GGML_TYPE_F16 ? GGML_FP16_TO_FP32(((const ggml_fp16_t *) row)[i_kv]) : ((const float *) row)[i_kv];
 }
 
-// the slots from i0 on that the token sees, a bit each
-static uint32_t monarch_mask_get_visible(const ggml_tensor * mask, int64_t i0, int64_t n, int64_t i_token) {
-    uint32_t res = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        res |= (uint32_t) (monarch_mask_get(mask, i0 + i, i_token) > -INFINITY) << i;
-    }
-    return res;
-}
-
 // one head of n ring slots as f32
 static void monarch_ring_read(const ggml_tensor * t, int64_t head_kv, int64_t i0, int64_t n, float * dst) {
     for (int64_t i = 0; i < n; ++i) {
@@ -113,11 +104,7 @@ static void monarch_plain_hot(const monarch_attend * attend, int64_t head_kv, mo
         monarch_ring_read(attend->k, head_kv, i0, n, plain.k);
         monarch_ring_read(attend->v, head_kv, i0, n, plain.v);
 
-        if (monarch_attend_has_rest(attend)) {
-            monarch_work_add_v(work, head_dim, plain.v, monarch_mask_get_visible(attend->mask, i0, n, work->rows[0].i_token));
-        }
-
-        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        for (int64_t ir = 0; ir < monarch_work_count_rows(work); ++ir) {
             monarch_row * row = &work->rows[ir];
 
             for (int64_t i = 0; i < n; ++i) {
@@ -146,7 +133,7 @@ static void monarch_plain_cold(const monarch_attend * attend, int64_t head_kv, m
         monarch_codec_decode_page_k(codec, block, plain.k);
         monarch_codec_decode_page_v(codec, block, plain.v);
 
-        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        for (int64_t ir = 0; ir < monarch_work_count_rows(work); ++ir) {
             monarch_row * row = &work->rows[ir];
 
             const float * q   = codec->bits_k == 16 ? row->q   : row->q_rot;

@@ -73,15 +73,14 @@ static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_d
 
     monarch_work_take(&ptr, sizeof(monarch_work)); // *work itself, if it stays
 
-    work->rows        = (monarch_row *) monarch_work_take(&ptr, n_rows*sizeof(monarch_row));
-    work->vectors     = (float *)       monarch_work_take(&ptr, 3*n_rows*head_dim*sizeof(float));
-    work->v_sum       = (float *)       monarch_work_take(&ptr, head_dim*sizeof(float));
+    work->rows        = (monarch_row *) monarch_work_take(&ptr, (n_rows + 1)*sizeof(monarch_row));
+    work->vectors     = (float *)       monarch_work_take(&ptr, 3*(n_rows + 1)*head_dim*sizeof(float));
     work->mass        = (float *)       monarch_work_take(&ptr, (n_rows + MONARCH_SCORE_ROWS - 1)*monarch_mass_stride(n_pages_max)*sizeof(float));
     work->probability = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->rank        = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->chosen      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
     work->sticky      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
-    work->kernel      =                 monarch_work_take(&ptr, monarch_kernel_work_size(head_dim, n_rows, n_pages_max));
+    work->kernel      =                 monarch_work_take(&ptr, monarch_kernel_work_size(head_dim, n_rows + 1, n_pages_max));
 
     return ptr - base;
 }
@@ -95,6 +94,16 @@ size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_token
 // rows
 //
 
+static bool monarch_attend_is_selective(const monarch_attend * attend) {
+    return attend->n_pages > 0 && attend->mode == MONARCH_MODE_PAGED;
+}
+
+// What the pages get that are not promoted goes to the mean V of what is read: Ribar et al., SparQ Attention, 2023, who take the
+// mean over all tokens. docs/defaults.md
+static bool monarch_attend_has_rest(const monarch_attend * attend) {
+    return monarch_attend_is_selective(attend) && monarch_summary_is_estimate(attend->op.scorer);
+}
+
 void monarch_row_set_max(monarch_row * row, int64_t head_dim, float max) {
     const float scale = expf(row->max - max);
 
@@ -106,35 +115,51 @@ void monarch_row_set_max(monarch_row * row, int64_t head_dim, float max) {
     row->max  = max;
 }
 
-static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, int64_t i_token0, int64_t n_tokens, monarch_work * work) {
+// q: null: of zeros
+static void monarch_row_init(const monarch_attend * attend, monarch_work * work, int64_t ir, int64_t i_token, const float * q) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    work->n_rows = n_tokens*attend->n_gqa;
-    work->n_v    = 0;
+    monarch_row * row = &work->rows[ir];
 
-    memset(work->v_sum, 0, head_dim*sizeof(float));
+    *row = {};
+
+    row->q_rot   = work->vectors + (3*ir + 0)*head_dim;
+    row->hot     = work->vectors + (3*ir + 1)*head_dim;
+    row->cold    = work->vectors + (3*ir + 2)*head_dim;
+    row->q       = q ? q : row->q_rot;
+    row->i_token = i_token;
+    row->max     = -INFINITY;
+
+    memset(row->q_rot, 0, 3*head_dim*sizeof(float));
+    if (q) {
+        memcpy(row->q_rot, q, head_dim*sizeof(float));
+        monarch_codec_rotate((int32_t) head_dim, row->q_rot);
+    }
+}
+
+static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, int64_t i_token0, int64_t n_tokens, monarch_work * work) {
+    work->n_rows  = n_tokens*attend->n_gqa;
+    work->n_means = monarch_attend_has_rest(attend) ? 1 : 0;
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         const int64_t i_token = i_token0 + ir/attend->n_gqa;
         const int64_t i_head  = head_kv*attend->n_gqa + ir%attend->n_gqa;
 
-        monarch_row * row = &work->rows[ir];
+        monarch_row_init(attend, work, ir, i_token, (const float *) ((const char *) attend->q->data + i_head*attend->q->nb[1] + i_token*attend->q->nb[2]));
 
-        row->q       = (const float *) ((const char *) attend->q->data + i_head*attend->q->nb[1] + i_token*attend->q->nb[2]);
-        row->q_rot   = work->vectors + (3*ir + 0)*head_dim;
-        row->hot     = work->vectors + (3*ir + 1)*head_dim;
-        row->cold    = work->vectors + (3*ir + 2)*head_dim;
-        row->mass    = work->mass + ir*monarch_mass_stride(attend->n_pages_max);
-        row->n_mass  = 0;
-        row->i_token = i_token;
-        row->max     = -INFINITY;
-        row->sum     = 0.0f;
+        work->rows[ir].mass = work->mass + ir*monarch_mass_stride(attend->n_pages_max);
+    }
+    if (work->n_means) {
+        monarch_row_init(attend, work, work->n_rows, i_token0, nullptr);
+    }
+}
 
-        memcpy(row->q_rot, row->q, head_dim*sizeof(float));
-        memset(row->hot,   0,      head_dim*sizeof(float));
-        memset(row->cold,  0,      head_dim*sizeof(float));
+// after all else: a row's output without rotation, in hot
+static void monarch_row_finish(monarch_row * row, int64_t head_dim) {
+    monarch_codec_unrotate((int32_t) head_dim, row->cold);
 
-        monarch_codec_rotate((int32_t) head_dim, row->q_rot);
+    for (int64_t i = 0; i < head_dim; ++i) {
+        row->hot[i] = (row->hot[i] + row->cold[i])/row->sum;
     }
 }
 
@@ -146,13 +171,9 @@ static void monarch_rows_write(const monarch_attend * attend, int64_t head_kv, m
 
         const int64_t i_head = head_kv*attend->n_gqa + ir%attend->n_gqa;
 
-        float * dst = (float *) ((char *) attend->dst->data + i_head*attend->dst->nb[1] + row->i_token*attend->dst->nb[2]);
+        monarch_row_finish(row, head_dim);
 
-        monarch_codec_unrotate((int32_t) head_dim, row->cold);
-
-        for (int64_t i = 0; i < head_dim; ++i) {
-            dst[i] = (row->hot[i] + row->cold[i])/row->sum;
-        }
+        memcpy((char *) attend->dst->data + i_head*attend->dst->nb[1] + row->i_token*attend->dst->nb[2], row->hot, head_dim*sizeof(float));
     }
 }
 
@@ -207,19 +228,11 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
     }
 }
 
-static bool monarch_attend_is_selective(const monarch_attend * attend) {
-    return attend->n_pages > 0 && attend->mode == MONARCH_MODE_PAGED;
-}
-
 static void monarch_attend_choose_all(const monarch_attend * attend, monarch_work * work) {
     work->n_chosen = attend->mode == MONARCH_MODE_EXACT ? attend->n_pages : 0;
     work->n_sticky = 0;
 
     std::iota(work->chosen, work->chosen + work->n_chosen, 0);
-}
-
-bool monarch_attend_has_rest(const monarch_attend * attend) {
-    return monarch_attend_is_selective(attend) && monarch_summary_is_estimate(attend->op.scorer);
 }
 
 // of what the pages were estimated to get that were not chosen, what goes to the mean V
@@ -231,13 +244,13 @@ static float monarch_row_get_rest(const monarch_row * row, int32_t n_chosen, con
     return MONARCH_REST_WEIGHT*res;
 }
 
-static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, float rest, const float * v) {
-    if (!(rest > 0.0f)) {
+static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, const float * v) {
+    if (!(row->rest > 0.0f)) {
         return; // nothing but rounding, or what a broken model makes
     }
 
     // estimates may be far above what there is: not all of them, what is left of them has a say in the maximum
-    const float logit = row->estimate_max + logf(rest);
+    const float logit = row->estimate_max + logf(row->rest);
 
     if (logit > row->max) {
         monarch_row_set_max(row, head_dim, logit);
@@ -250,17 +263,18 @@ static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, float rest
 }
 
 static void monarch_attend_add_rest(const monarch_attend * attend, monarch_work * work) {
-    if (!monarch_attend_has_rest(attend) || work->n_chosen == attend->n_pages || work->n_v == 0) {
-        return;
-    }
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    ggml_vec_scale_f32((int) head_dim, work->v_sum, 1.0f/(float) work->n_v);
+    monarch_row * mean = &work->rows[work->n_rows];
+
+    if (!work->n_means || mean->sum == 0.0f) {
+        return;
+    }
+
+    monarch_row_finish(mean, head_dim);
 
     for (int64_t ir = 0; ir < work->n_rows; ++ir) {
-        monarch_row * row = &work->rows[ir];
-
-        monarch_row_add_rest(row, head_dim, monarch_row_get_rest(row, work->n_chosen, work->chosen), work->v_sum);
+        monarch_row_add_rest(&work->rows[ir], head_dim, mean->hot);
     }
 }
 
@@ -271,7 +285,9 @@ static void monarch_attend_choose(const monarch_attend * attend, int64_t head_kv
     work->n_chosen = monarch_policy_select(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->n_pages_max,
             attend->n_pages, attend->table, work->probability, work->rank, work->chosen, work->sticky, &work->n_sticky);
 
-    monarch_attend_add_rest(attend, work);
+    for (int64_t ir = 0; ir < work->n_rows && work->n_chosen < attend->n_pages; ++ir) {
+        work->rows[ir].rest = monarch_row_get_rest(&work->rows[ir], work->n_chosen, work->chosen);
+    }
 }
 
 static void monarch_rows_clear_mass(monarch_work * work) {
@@ -343,6 +359,8 @@ void monarch_attend_block(
 
     attend->kernel_cold->cold(attend, head_kv, &work);
 
+    monarch_attend_add_rest(attend, &work);
+
     count->n_promoted += is_last ? work.n_chosen : 0;
 
     if (is_logged) {
@@ -401,12 +419,7 @@ static void monarch_part_merge_rows(const monarch_attend * attend, const monarch
     for (int64_t i = 1; i < part->n_parts; ++i) {
         monarch_work * other = monarch_part_get(attend, part, i);
 
-        ggml_vec_add_f32((int) head_dim, work->v_sum, work->v_sum, other->v_sum);
-        work->n_v += other->n_v;
-        other->n_v = 0;
-        std::fill(other->v_sum, other->v_sum + head_dim, 0.0f);
-
-        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+        for (int64_t ir = 0; ir < monarch_work_count_rows(work); ++ir) {
             monarch_row * dst = &work->rows[ir];
             monarch_row * src = &other->rows[ir];
 
@@ -468,6 +481,7 @@ void monarch_attend_part_end(const monarch_attend * attend, const monarch_part *
     monarch_work * work = monarch_part_get(attend, part, 0);
 
     monarch_part_merge_rows(attend, part);
+    monarch_attend_add_rest(attend, work);
 
     count->n_promoted += work->n_chosen;
 

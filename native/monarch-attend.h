@@ -51,6 +51,7 @@ struct monarch_row {
     float         sum;
     float         estimate_max; // the scale of mass, while it is estimated
     float         estimate_sum; // of all pages, on that scale
+    float         rest;         // what goes to the mean V, on that scale
 };
 
 // of scratch and of each array in it: a vector that straddles two cache lines takes twice as long
@@ -64,11 +65,10 @@ static inline char * monarch_work_take(char ** ptr, size_t size) {
 
 // a thread's scratch
 struct monarch_work {
-    struct monarch_row * rows;        // [n_rows]
-    int64_t              n_rows;
-    float              * vectors;     // [n_rows][3][head_dim]
-    float              * v_sum;       // [head_dim] over the V of the ring that the block's first token sees
-    int64_t              n_v;         // of them
+    struct monarch_row * rows;        // [n_rows + n_means]
+    int64_t              n_rows;      // of queries
+    int64_t              n_means;     // 1: the last row's query is zero, so it attends to the mean V of what is read; 0: nobody needs it
+    float              * vectors;     // [n_rows + n_means][3][head_dim]
     float              * mass;        // [n_rows + MONARCH_SCORE_ROWS - 1][monarch_mass_stride] estimated, then measured
     float              * probability; // [n_pages_max]
     float              * rank;        // [n_pages_max]
@@ -106,6 +106,8 @@ struct monarch_kernel {
     bool   (*supports_cold)(const struct monarch_op_params * op);
     size_t (*work_size)(int32_t head_dim, int64_t n_rows, int64_t n_pages_max); // bytes
 
+    // hot and cold: for all rows, that of the mean too
+    //
     // slots [i0, i1) of the ring under the mask; i0 is a multiple of MONARCH_HOT_STEP
     void (*hot)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t i0, int64_t i1);
 
@@ -123,20 +125,9 @@ struct monarch_kernel {
 #include "monarch-cpu-kernels.def"
 #undef MONARCH_CPU_KERNEL
 
-// What the pages get that are not promoted goes to the mean V of the hot window: Ribar et al., SparQ Attention, 2023, who take
-// the mean over all tokens. docs/defaults.md
-bool monarch_attend_has_rest(const struct monarch_attend * attend);
-
-// v: rows of the ring as f32; visible: those that the block's first token sees
-static inline void monarch_work_add_v(struct monarch_work * work, int64_t head_dim, const float * v, uint32_t visible) {
-    for (; visible; visible >>= 1, v += head_dim) {
-        if (visible & 1) {
-            for (int64_t d = 0; d < head_dim; ++d) {
-                work->v_sum[d] += v[d];
-            }
-            work->n_v++;
-        }
-    }
+// the rows that attend
+static inline int64_t monarch_work_count_rows(const struct monarch_work * work) {
+    return work->n_rows + work->n_means;
 }
 
 // moves a row's softmax to a greater maximum

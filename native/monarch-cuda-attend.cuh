@@ -61,8 +61,8 @@ struct monarch_cuda_attend {
     float   * part_max;    // [n_groups][n_rows][n_hot + n_cold]
     float   * part_sum;
     float   * part_acc;    // [n_groups][n_rows][n_hot + n_cold][head_dim]
-    float   * part_v;      // [n_groups][n_hot][head_dim] sums over the V that the group's first token sees
-    int32_t * part_n_v;    // [n_groups][n_hot] of them
+    float   * part_v;      // [n_groups][n_hot + n_cold][head_dim] sums over the V that the group's first token sees, in cold pages rotated
+    int32_t * part_n_v;    // [n_groups][n_hot + n_cold] of them
     float   * row_max;     // [n_groups][n_rows] of the estimate
     float   * row_inverse; // [n_groups][n_rows] of the estimate
     float   * row_rest;    // [n_groups][n_rows] what goes to the mean V, on the scale of row_max
@@ -295,7 +295,7 @@ struct monarch_tile {
     int32_t * valid;  // [MONARCH_TILE/8] their valid tokens
     int32_t * frame;  // [MONARCH_TILE/8] where copies of them are, -1: none
     int32_t * n_rows; // [MONARCH_TILE] of this block, that see a slot
-    int32_t * seen;   // [MONARCH_TILE] whether the group's first token sees a slot
+    float   * seen;   // [MONARCH_TILE] what tokens count in the sums over V: 1 in the ring, the scale of V in a page; 0: not seen
 };
 
 template <int ROWS>
@@ -314,7 +314,7 @@ MONARCH_DEVICE monarch_tile monarch_tile_get(float * shared, int32_t head_dim) {
     res.valid  = res.page   + MONARCH_TILE/8;
     res.frame  = res.valid  + MONARCH_TILE/8;
     res.n_rows = res.frame  + MONARCH_TILE/8;
-    res.seen   = res.n_rows + MONARCH_TILE;
+    res.seen   = (float *) (res.n_rows + MONARCH_TILE);
 
     return res;
 }
@@ -461,18 +461,18 @@ MONARCH_DEVICE float monarch_mask_get(const monarch_cuda_attend & a, int32_t i_k
     return monarch_ring_get(a.mask.type, a.mask.data + i_token*a.mask.nb1, i_kv);
 }
 
-// whether what the pages get that are not chosen goes to the mean V of the hot window (monarch-attend.h)
+// whether what the pages get that are not chosen goes to the mean V of what is read (monarch-attend.cpp)
 MONARCH_DEVICE bool monarch_group_has_rest(const monarch_cuda_attend & a, const monarch_cuda_group & group) {
     return group.mode == MONARCH_MODE_PAGED && group.n_pages > 0 && monarch_summary_is_estimate(a.op.scorer);
 }
 
 // a part's sums over V, of which every team of threads has some; n_seen: of a lane of the first warp
 MONARCH_DEVICE void monarch_rest_end(
-        const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, const monarch_tile & tile,
+        const monarch_cuda_attend & a, const monarch_cuda_group & group, const monarch_seat & seat, int32_t part, const monarch_tile & tile,
         float sum_x, float sum_y, int32_t n_seen) {
     const int32_t head_dim = a.op.codec.head_dim;
     const int32_t n_pairs  = head_dim/2;
-    const size_t  i_part   = (size_t) group.i*a.n_hot + blockIdx.x;
+    const size_t  i_part   = (size_t) group.i*(a.n_hot + a.n_cold) + part;
 
     __syncthreads(); // the accumulators of the rows have been read
 
@@ -570,8 +570,10 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
 
         monarch_hot_weigh<ROWS>(a, group, seat, i_kv, tile);
         if (seat.warp == 0) {
-            tile.seen[seat.lane] = has_rest && i_kv < a.n_kv && monarch_mask_get(a, i_kv, group.i_token) > -INFINITY;
-            n_seen += tile.seen[seat.lane];
+            const bool is_seen = has_rest && i_kv < a.n_kv && monarch_mask_get(a, i_kv, group.i_token) > -INFINITY;
+
+            tile.seen[seat.lane] = is_seen ? 1.0f : 0.0f;
+            n_seen += is_seen;
         }
         __syncthreads();
 
@@ -589,7 +591,7 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
                 const float y = monarch_ring_get(a.v.type, v, seat.p + n_pairs);
 
                 monarch_tile_add_v<ROWS>(tile.weight + t, x, y, acc_x, acc_y);
-                if (tile.seen[t]) {
+                if (tile.seen[t] > 0.0f) {
                     sum_x += x;
                     sum_y += y;
                 }
@@ -601,7 +603,7 @@ MONARCH_KERNEL monarch_attend_hot(const monarch_cuda_attend a) {
     monarch_tile_end<ROWS>(a, group, seat, blockIdx.x, tile, acc_x, acc_y);
 
     if (has_rest) {
-        monarch_rest_end(a, group, seat, tile, sum_x, sum_y, n_seen);
+        monarch_rest_end(a, group, seat, blockIdx.x, tile, sum_x, sum_y, n_seen);
     }
 }
 
@@ -680,11 +682,11 @@ MONARCH_DEVICE void monarch_cold_dot(
     }
 }
 
-// adds four tokens of V, pair p; the tile's weights hold the tokens' scales
+// adds four tokens of V, pair p; the tile's weights hold the tokens' scales; seen: scales for the sums over V
 template <int ROWS>
 MONARCH_DEVICE void monarch_cold_add(
         const monarch_codec & codec, const monarch_codec_layout & layout, const uint8_t * block, int32_t t, int32_t p,
-        const monarch_tile & tile, const float * weight, float * acc_x, float * acc_y) {
+        const monarch_tile & tile, const float * weight, const float * seen, float * acc_x, float * acc_y, float & sum_x, float & sum_y) {
     const int32_t n_pairs = codec.head_dim/2;
 
     const uint32_t quad = codec.bits_v == 16 ? 0 : monarch_quad_load(codec.bits_v, block + layout.v_codes, monarch_quad_v(n_pairs, t, p));
@@ -697,6 +699,8 @@ MONARCH_DEVICE void monarch_cold_add(
         const float y = codec.bits_v == 16 ? monarch_ring_get(GGML_TYPE_F16, v, p + n_pairs) : tile.point[768 + code];
 
         monarch_tile_add_v<ROWS>(weight + j, x, y, acc_x, acc_y);
+        sum_x += seen[j]*x;
+        sum_y += seen[j]*y;
     }
 }
 
@@ -755,6 +759,12 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
     float acc_x[ROWS] = { 0 };
     float acc_y[ROWS] = { 0 };
 
+    const bool has_rest = seat.row0 == 0 && monarch_group_has_rest(a, group);
+
+    float   sum_x  = 0.0f;
+    float   sum_y  = 0.0f;
+    int32_t n_seen = 0;
+
     for (int32_t ic0 = blockIdx.x*n_pages; ic0 < n_chosen; ic0 += a.n_cold*n_pages) {
         if ((int32_t) threadIdx.x < n_pages) {
             const int32_t ic = ic0 + threadIdx.x;
@@ -781,6 +791,10 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
             scale = codec.bits_v == 16 ? 1.0f : monarch_f16_to_f32(monarch_load_u16(block + layout.v_scales + 2*t));
         }
         monarch_cold_weigh<ROWS>(a, group, seat, is_valid, scale, ic0 + i_page, n_logged, tile);
+        if (seat.warp == 0) {
+            tile.seen[seat.lane] = scale;
+            n_seen += is_valid;
+        }
         __syncthreads();
 
         if (seat.team < seat.n_teams) {
@@ -791,7 +805,7 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
 
                 if (page >= 0) {
                     monarch_cold_add<ROWS>(codec, layout, monarch_cold_block(a, group.head_kv, page, tile.frame[t0/codec.page_size]),
-                            t0%codec.page_size, seat.p, tile, tile.weight + t0, acc_x, acc_y);
+                            t0%codec.page_size, seat.p, tile, tile.weight + t0, tile.seen + t0, acc_x, acc_y, sum_x, sum_y);
                 }
             }
         }
@@ -799,6 +813,10 @@ MONARCH_KERNEL monarch_attend_cold(const monarch_cuda_attend a) {
     }
 
     monarch_tile_end<ROWS>(a, group, seat, a.n_hot + blockIdx.x, tile, acc_x, acc_y);
+
+    if (has_rest) {
+        monarch_rest_end(a, group, seat, a.n_hot + blockIdx.x, tile, sum_x, sum_y, n_seen);
+    }
 }
 
 //
@@ -834,20 +852,20 @@ MONARCH_DEVICE float monarch_parts_add(const monarch_cuda_attend & a, const mona
     return res;
 }
 
-// slots of the ring that the group's first token sees
+// tokens read that the group's first token sees
 MONARCH_DEVICE int32_t monarch_rest_get_n(const monarch_cuda_attend & a, const monarch_cuda_group & group) {
     int32_t res = 0;
-    for (int32_t i = 0; i < a.n_hot; ++i) {
-        res += a.part_n_v[group.i*a.n_hot + i];
+    for (int32_t i = 0; i < a.n_hot + a.n_cold; ++i) {
+        res += a.part_n_v[group.i*(a.n_hot + a.n_cold) + i];
     }
     return res;
 }
 
-// value d of their V, added up
-MONARCH_DEVICE float monarch_rest_sum_v(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t d) {
+// value d of the V of parts [i0, i1), added up
+MONARCH_DEVICE float monarch_rest_sum_v(const monarch_cuda_attend & a, const monarch_cuda_group & group, int32_t i0, int32_t i1, int32_t d) {
     float sum = 0.0f;
-    for (int32_t i = 0; i < a.n_hot; ++i) {
-        sum += a.part_v[((size_t) group.i*a.n_hot + i)*a.op.codec.head_dim + d];
+    for (int32_t i = i0; i < i1; ++i) {
+        sum += a.part_v[((size_t) group.i*(a.n_hot + a.n_cold) + i)*a.op.codec.head_dim + d];
     }
     return sum;
 }
@@ -873,7 +891,7 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
     const int32_t n_v   = monarch_group_has_rest(a, group) ? monarch_rest_get_n(a, group) : 0;
     const float   rest  = n_v > 0 ? a.row_rest[i_row] : 0.0f;
 
-    float weight = 0.0f; // of the rest
+    float weight = 0.0f; // of the rest, by token
     if (rest > 0.0f) {
         const float logit   = a.row_max[i_row] + logf(rest);
         const float max_new = fmaxf(max, logit);
@@ -881,14 +899,20 @@ MONARCH_KERNEL monarch_attend_merge(const monarch_cuda_attend a) {
         weight = expf(logit - max_new);
         sum    = sum*expf(max - max_new) + weight;
         max    = max_new;
+
+        weight /= (float) n_v;
     }
 
     float * hot  = shared;
     float * cold = shared + head_dim;
 
     for (int32_t d = threadIdx.x; d < head_dim; d += blockDim.x) {
-        hot [d] = monarch_parts_add(a, group, row, 0, a.n_hot, max, d) + (weight > 0.0f ? weight*(monarch_rest_sum_v(a, group, d)/(float) n_v) : 0.0f);
+        hot [d] = monarch_parts_add(a, group, row, 0,       a.n_hot,            max, d);
         cold[d] = monarch_parts_add(a, group, row, a.n_hot, a.n_hot + a.n_cold, max, d);
+        if (weight > 0.0f) {
+            hot [d] += weight*monarch_rest_sum_v(a, group, 0,       a.n_hot,            d);
+            cold[d] += weight*monarch_rest_sum_v(a, group, a.n_hot, a.n_hot + a.n_cold, d);
+        }
     }
     __syncthreads();
 

@@ -50,8 +50,8 @@ static char * monarch_cuda_take_scratch(monarch_cuda_attend & a, char * ptr) {
     a.part_max    = (float   *) monarch_cuda_take(&ptr, n_parts*sizeof(float));
     a.part_sum    = (float   *) monarch_cuda_take(&ptr, n_parts*sizeof(float));
     a.part_acc    = (float   *) monarch_cuda_take(&ptr, n_parts*head_dim*sizeof(float));
-    a.part_v      = (float   *) monarch_cuda_take(&ptr, n_groups*a.n_hot*head_dim*sizeof(float));
-    a.part_n_v    = (int32_t *) monarch_cuda_take(&ptr, n_groups*a.n_hot*sizeof(int32_t));
+    a.part_v      = (float   *) monarch_cuda_take(&ptr, n_groups*(a.n_hot + a.n_cold)*head_dim*sizeof(float));
+    a.part_n_v    = (int32_t *) monarch_cuda_take(&ptr, n_groups*(a.n_hot + a.n_cold)*sizeof(int32_t));
     a.row_max     = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));
     a.row_inverse = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));
     a.row_rest    = (float   *) monarch_cuda_take(&ptr, n_rows*sizeof(float));

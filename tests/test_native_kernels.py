@@ -135,6 +135,17 @@ def test_rest_goes_to_the_mean_v_of_the_hot_window(program: Program, scorer: int
         assert scorer == 0 or (share > 0.01).all()
 
 
+@pytest.mark.parametrize("scorer", [1, 2])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_rest_goes_to_the_mean_v_of_what_is_read(program: Program, n_threads: int, scorer: int) -> None:
+    """A query of zeros attends to all alike, so the mean adds nothing to what minmax gives, which has no rest."""
+    zero = {"mode": PAGED, "n_pages": 32, "n_promote": 6, "n_kv": 75, "q_zero": 1, "n_threads": n_threads}
+    base = [Case(head_dim, 3, **zero) for head_dim in HEAD_DIMS]
+    got, want = (run(program.command, program.kernel, [case._replace(scorer=s) for case in base]) for s in (scorer, 0))
+    for case, a, b in zip(base, got, want, strict=True):
+        assert nmse(a, b) <= 1e-9, case
+
+
 def test_rest_of_a_block_of_queries(program: Program) -> None:
     """The block's first token says which slots count for the mean; the shares are as exact as the scores."""
     cases = [Case(head_dim, 4, 9, mode=PAGED, n_promote=0, scorer=1, n_kv=75, mask_f32=1) for head_dim in HEAD_DIMS]
