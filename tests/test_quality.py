@@ -23,19 +23,20 @@ class Subject(NamedTuple):
     n_chunks: dict[str, int]  # of N_CTX tokens
     perplexity_change: float  # at most, of exact against f16
     control: float  # KL divergence, at most, of f16 with flash attention
+    paged: float  # KL divergence, at most, as a share of the window's
 
 
 # Measured, through a prompt and token by token. Shipped: exact changes perplexity by +0.19 % and -0.14 %, its
-# divergence is 0.0019 both ways, q4_0's 0.018 and 0.017, the control's 0.00015. TinyStories: -0.09 % and -0.13 %,
-# 0.0002, 0.003, 5e-7.
+# divergence is 0.0019 both ways, q4_0's 0.018 and 0.017, the control's 0.00015; paged has 0.09 of the window's.
+# TinyStories: -0.09 % and -0.13 %, 0.0002, 0.003, 5e-7; 0.33.
 SUBJECTS = {
     "shipped": Subject(
         TESTS.parent / "models" / "monarch-small.gguf", None,
-        {"prefill": 6, "decode": 3}, perplexity_change=0.003, control=3e-4,
+        {"prefill": 6, "decode": 3}, perplexity_change=0.003, control=3e-4, paged=0.15,
     ),
     "tinystories": Subject(
         SHARED / "models" / "tinystories-3m-f32.gguf", SHARED / "data" / "tinystories-1000.txt",
-        {"prefill": 12, "decode": 4}, perplexity_change=0.005, control=1e-4,
+        {"prefill": 12, "decode": 4}, perplexity_change=0.005, control=1e-4, paged=0.45,
     ),
 }  # fmt: skip
 
@@ -50,13 +51,18 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def chunks(stock_bin: Path, subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    text = subject.text
-    if text is None:
-        text = tmp_path_factory.mktemp("quality") / "text"
-        sentences: list[str] = []
-        make_chunks(lambda sentence: sentences.append(sentence) or sentence.split(), 0, "any", 1, 3000, None)
-        text.write_text("".join(sentences))
+def text(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if subject.text:
+        return subject.text
+    res = tmp_path_factory.mktemp("quality") / "text"
+    sentences: list[str] = []
+    make_chunks(lambda sentence: sentences.append(sentence) or sentence.split(), 0, "any", 1, 3000, None)
+    res.write_text("".join(sentences))
+    return res
+
+
+@pytest.fixture(scope="module")
+def chunks(stock_bin: Path, subject: Subject, text: Path) -> list[list[int]]:
     res = run_child_json(stock_bin, "child_tokens.py", [subject.model, text, 60000])
     n = N_CTX - 1
     return [[res["bos"], *res["tokens"][i : i + n]] for i in range(0, len(res["tokens"]) - n, n)]
@@ -106,3 +112,30 @@ def test_exact_at_4_bits(
     assert abs(perplexity(arms["exact"], chunks) / perplexity(base, chunks) - 1) <= subject.perplexity_change
     assert divergence(base, arms["exact"]) <= divergence(base, arms["q4_0"])
     assert divergence(base, arms["exact"]) > divergence(base, arms["f16"])  # pages were really coded
+
+
+def test_paged_reads_what_matters(
+    stock_bin: Path, patched_bin: Path, subject: Subject, chunks: list[list[int]], tmp_path: Path
+) -> None:
+    """A quarter of the tokens is read: most of what the window alone loses comes back."""
+    arm = (tmp_path, subject.model, chunks[: subject.n_chunks["decode"]], [["decode", 1]] * N_CTX)
+    base, _ = run_arm(stock_bin, *arm)
+    lost = {}
+    for mode in ("window", "paged"):
+        env = EXACT | {"MONARCH_MODE": mode, "MONARCH_PROMOTE_TOKENS": "64"}
+        log_p, infos = run_arm(patched_bin, *arm, env=env)
+        lost[mode] = divergence(base, log_p)
+        print(f"{mode}: perplexity {perplexity(log_p, arm[2]):.4f}, mean KL {lost[mode]:.2e}")
+        assert all(info["stats"]["n_cold"] >= 0.8 * N_CTX for info in infos)
+    assert lost["paged"] <= subject.paged * lost["window"]
+
+
+def test_pages_get_what_is_estimated(patched_bin: Path, subject: Subject, text: Path) -> None:
+    """On average: what the weights of estimates are for."""
+    if subject.text:
+        pytest.skip("its context is too short")
+    got = run_child_json(patched_bin, "child_estimates.py", [subject.model, text])
+    ratio = sum(got["measured"]) / sum(got["estimated"])
+    print(f"{len(got['measured'])} promotions, measured / estimated {ratio:.2f}")
+    assert len(got["measured"]) > 1000
+    assert 0.7 <= ratio <= 1.5
