@@ -146,13 +146,11 @@ static inline __m512 monarch_row_weigh(struct monarch_row * row, int64_t head_di
 }
 
 static void monarch_sums_clear(const struct monarch_work * work, struct monarch_avx512_work * avx512) {
-    memset(avx512->sums, 0, monarch_work_count_rows(work)*MONARCH_LANES*sizeof(float));
+    memset(avx512->sums, 0, work->n_rows*MONARCH_LANES*sizeof(float));
 }
 
 static void monarch_sums_add(struct monarch_work * work, const struct monarch_avx512_work * avx512) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
-    for (int64_t ir = 0; ir < n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         work->rows[ir].sum += _mm512_reduce_add_ps(_mm512_loadu_ps(avx512->sums + ir*MONARCH_LANES));
     }
 }
@@ -372,24 +370,20 @@ static inline void monarch_hot_rows(const struct monarch_attend * attend, struct
 
 static struct monarch_avx512_work monarch_avx512_work_get(const struct monarch_attend * attend, const struct monarch_work * work) {
     struct monarch_avx512_work res;
-    monarch_avx512_work_init(&res, (char *) work->kernel, attend->op.codec.head_dim, attend->n_gqa*attend->n_block + 1, attend->n_pages_max);
+    monarch_avx512_work_init(&res, (char *) work->kernel, attend->op.codec.head_dim, monarch_attend_count_rows(attend), attend->n_pages_max);
     return res;
 }
 
 // slots of the tile that some row sees
 static __mmask16 monarch_hot_get_visible(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, __mmask16 valid) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
     __mmask16 res = 0;
-    for (int64_t ir = 0; ir < n_rows; ir += attend->n_gqa) {
+    for (int64_t ir = 0; ir < work->n_rows; ir += attend->n_gqa) {
         res |= monarch_mask_visible(attend->mask, work->rows[ir].i_token, i0, valid);
     }
     return res;
 }
 
 static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t slot0, int64_t slot1) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
     struct monarch_avx512_work avx512 = monarch_avx512_work_get(attend, work);
 
     monarch_sums_clear(work, &avx512);
@@ -406,16 +400,16 @@ static void monarch_avx512_hot(const struct monarch_attend * attend, int64_t hea
         monarch_hot_load(attend, head_kv, i0, visible, &avx512);
 
         int64_t ir = 0;
-        for (; ir + 8 <= n_rows; ir += 8) {
+        for (; ir + 8 <= work->n_rows; ir += 8) {
             monarch_hot_rows<8>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
-        for (; ir + 4 <= n_rows; ir += 4) {
+        for (; ir + 4 <= work->n_rows; ir += 4) {
             monarch_hot_rows<4>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
-        for (; ir + 2 <= n_rows; ir += 2) {
+        for (; ir + 2 <= work->n_rows; ir += 2) {
             monarch_hot_rows<2>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
-        for (; ir < n_rows; ++ir) {
+        for (; ir < work->n_rows; ++ir) {
             monarch_hot_rows<1>(attend, &avx512, work->rows + ir, avx512.sums + ir*MONARCH_LANES, i0, valid);
         }
     }
@@ -484,10 +478,9 @@ static inline void monarch_codes_prefetch(int32_t bits, const uint8_t * next, in
 }
 
 static void monarch_cold_quantize(const struct monarch_attend * attend, const struct monarch_work * work, struct monarch_avx512_work * avx512) {
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    for (int64_t ir = 0; ir < n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         int8_t * q = avx512->q + ir*MONARCH_Q_STRIDE;
 
         const float max = monarch_int8_quantize_query(head_dim, work->rows[ir].q_rot, q);
@@ -575,7 +568,6 @@ static void monarch_cold_get_logits(const struct monarch_attend * attend, const 
     const struct monarch_codec * codec = &attend->op.codec;
     const struct monarch_group * group = &cold->groups[ig];
 
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = codec->head_dim;
 
     __m512i x[MONARCH_MAX_HEAD_DIM/8];
@@ -598,13 +590,13 @@ static void monarch_cold_get_logits(const struct monarch_attend * attend, const 
     float * logits = avx512->logits + ig*MONARCH_LANES;
 
     int64_t ir = 0;
-    for (; ir + 8 <= n_rows; ir += 8) {
+    for (; ir + 8 <= work->n_rows; ir += 8) {
         monarch_cold_dot<8>(head_dim, x, y, scale, raise, group->mask, avx512, ir, logits);
     }
-    for (; ir + 4 <= n_rows; ir += 4) {
+    for (; ir + 4 <= work->n_rows; ir += 4) {
         monarch_cold_dot<4>(head_dim, x, y, scale, raise, group->mask, avx512, ir, logits);
     }
-    for (; ir < n_rows; ++ir) {
+    for (; ir < work->n_rows; ++ir) {
         monarch_cold_dot<1>(head_dim, x, y, scale, raise, group->mask, avx512, ir, logits);
     }
 }
@@ -692,14 +684,13 @@ static inline void monarch_cold_weigh(const struct monarch_cold * cold, struct m
 }
 
 static void monarch_cold_weigh_rows(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, struct monarch_avx512_work * avx512) {
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = attend->op.codec.head_dim;
 
     int64_t ir = 0;
-    for (; ir + 4 <= n_rows; ir += 4) {
+    for (; ir + 4 <= work->n_rows; ir += 4) {
         monarch_cold_weigh<4>(cold, work, avx512, head_dim, ir);
     }
-    for (; ir < n_rows; ++ir) {
+    for (; ir < work->n_rows; ++ir) {
         monarch_cold_weigh<1>(cold, work, avx512, head_dim, ir);
     }
 }
@@ -709,7 +700,6 @@ template <int G>
 static inline void monarch_cold_add(const struct monarch_attend * attend, const struct monarch_cold * cold, struct monarch_work * work, const struct monarch_avx512_work * avx512) {
     const struct monarch_codec * codec = &attend->op.codec;
 
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = codec->head_dim;
     const int64_t n_chunk  = head_dim/32;
 
@@ -732,7 +722,7 @@ static inline void monarch_cold_add(const struct monarch_attend * attend, const 
             }
         }
 
-        for (int64_t ir = 0; ir < n_rows; ++ir) {
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
             __m512i x = _mm512_setzero_si512();
             __m512i y = _mm512_setzero_si512();
 
@@ -1314,8 +1304,8 @@ static void monarch_avx512_score(const struct monarch_attend * attend, int64_t h
         monarch_score_find_pages(attend, log_table, i, i1 - i, &avx512);
     }
 
-    for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_SCORE_ROWS) {
-        monarch_score_rows(attend, head_kv, work, ir, MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_rows - ir), i0, i1, &avx512);
+    for (int64_t ir = 0; ir < work->n_queries; ir += MONARCH_SCORE_ROWS) {
+        monarch_score_rows(attend, head_kv, work, ir, MONARCH_MIN(MONARCH_SCORE_ROWS, work->n_queries - ir), i0, i1, &avx512);
     }
 }
 

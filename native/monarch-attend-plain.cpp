@@ -104,7 +104,7 @@ static void monarch_plain_hot(const monarch_attend * attend, int64_t head_kv, mo
         monarch_ring_read(attend->k, head_kv, i0, n, plain.k);
         monarch_ring_read(attend->v, head_kv, i0, n, plain.v);
 
-        for (int64_t ir = 0; ir < monarch_work_count_rows(work); ++ir) {
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
             monarch_row * row = &work->rows[ir];
 
             for (int64_t i = 0; i < n; ++i) {
@@ -133,7 +133,7 @@ static void monarch_plain_cold(const monarch_attend * attend, int64_t head_kv, m
         monarch_codec_decode_page_k(codec, block, plain.k);
         monarch_codec_decode_page_v(codec, block, plain.v);
 
-        for (int64_t ir = 0; ir < monarch_work_count_rows(work); ++ir) {
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
             monarch_row * row = &work->rows[ir];
 
             const float * q   = codec->bits_k == 16 ? row->q   : row->q_rot;
@@ -159,7 +159,7 @@ static void monarch_plain_score(const monarch_attend * attend, int64_t head_kv, 
 
     const monarch_plain_work plain = monarch_plain_work_get((float *) work->kernel, head_dim);
 
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         const monarch_row * row = &work->rows[ir];
 
         monarch_summary_query(attend->op.scorer, head_dim, row->q, plain.query);

@@ -97,7 +97,7 @@ static size_t monarch_simd_work_size(int32_t head_dim, int64_t n_rows, int64_t n
 
 static struct monarch_simd_work monarch_simd_work_get(const struct monarch_attend * attend, const struct monarch_work * work) {
     struct monarch_simd_work res;
-    monarch_simd_work_init(&res, (char *) work->kernel, attend->op.codec.head_dim, attend->n_gqa*attend->n_block + 1, attend->n_pages_max);
+    monarch_simd_work_init(&res, (char *) work->kernel, attend->op.codec.head_dim, monarch_attend_count_rows(attend), attend->n_pages_max);
     return res;
 }
 
@@ -210,10 +210,8 @@ static inline uint32_t monarch_mask_get_visible(const float * mask, int64_t n) {
 
 // the mask of each token; returns the slots of the tile that some token sees
 static uint32_t monarch_hot_read_mask(const struct monarch_attend * attend, const struct monarch_work * work, int64_t i0, int64_t n, struct monarch_simd_work * simd) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
     uint32_t visible = 0;
-    for (int64_t ir = 0; ir < n_rows; ir += attend->n_gqa) {
+    for (int64_t ir = 0; ir < work->n_rows; ir += attend->n_gqa) {
         float * mask = simd->mask + ir*MONARCH_TILE;
 
         monarch_mask_read(attend->mask, work->rows[ir].i_token, i0, n, mask);
@@ -311,8 +309,6 @@ static inline void monarch_hot_rows(const struct monarch_attend * attend, struct
 }
 
 static void monarch_simd_hot(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t slot0, int64_t slot1) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
     struct monarch_simd_work simd = monarch_simd_work_get(attend, work);
 
     for (int64_t i0 = slot0; i0 < slot1; i0 += MONARCH_TILE) {
@@ -326,10 +322,10 @@ static void monarch_simd_hot(const struct monarch_attend * attend, int64_t head_
         monarch_hot_load(attend, head_kv, i0, n, visible, &simd);
 
         int64_t ir = 0;
-        for (; ir + MONARCH_ROWS <= n_rows; ir += MONARCH_ROWS) {
+        for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
             monarch_hot_rows<MONARCH_ROWS>(attend, work->rows, ir, &simd);
         }
-        for (; ir < n_rows; ++ir) {
+        for (; ir < work->n_rows; ++ir) {
             monarch_hot_rows<1>(attend, work->rows, ir, &simd);
         }
     }
@@ -438,10 +434,9 @@ struct monarch_simd_tile {
 };
 
 static void monarch_cold_quantize(const struct monarch_attend * attend, const struct monarch_work * work, struct monarch_simd_work * simd) {
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    for (int64_t ir = 0; ir < n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         const float max = monarch_int8_quantize_query(head_dim, work->rows[ir].q_rot, simd->q + ir*head_dim);
 
         simd->q_scale[ir] = attend->op.kq_scale*max/127.0f;
@@ -475,7 +470,6 @@ static void monarch_cold_mask(uint32_t mask, int64_t n_rows, float * logits) {
 }
 
 static void monarch_cold_get_logits(const struct monarch_simd_tile * tile, const struct monarch_work * work, struct monarch_simd_work * simd) {
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = tile->codec->head_dim;
 
     monarch_i8 k[MONARCH_MAX_HEAD_DIM/4*MONARCH_VECTORS]; // [quads of pairs][x and y][MONARCH_VECTORS]
@@ -496,23 +490,21 @@ static void monarch_cold_get_logits(const struct monarch_simd_tile * tile, const
     }
 
     int64_t ir = 0;
-    for (; ir + MONARCH_ROWS <= n_rows; ir += MONARCH_ROWS) {
+    for (; ir + MONARCH_ROWS <= work->n_rows; ir += MONARCH_ROWS) {
         monarch_cold_dot<MONARCH_ROWS>(head_dim, k, scales, ir, simd);
     }
-    for (; ir < n_rows; ++ir) {
+    for (; ir < work->n_rows; ++ir) {
         monarch_cold_dot<1>(head_dim, k, scales, ir, simd);
     }
 
     if (tile->mask != 0xffff) {
-        monarch_cold_mask(tile->mask, n_rows, simd->logits);
+        monarch_cold_mask(tile->mask, work->n_rows, simd->logits);
     }
 }
 
 // rows move to the tile's greatest logits where those are greater
 static void monarch_cold_get_factors(int64_t head_dim, struct monarch_work * work, struct monarch_simd_work * simd) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
-    for (int64_t ir = 0; ir < n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         struct monarch_row * row = &work->rows[ir];
 
         const float top = monarch_tile_top(simd->logits + ir*MONARCH_TILE);
@@ -522,16 +514,14 @@ static void monarch_cold_get_factors(int64_t head_dim, struct monarch_work * wor
         simd->top   [ir] = top;
         simd->factor[ir] = top - row->max;
     }
-    for (int64_t ir = 0; ir < n_rows; ir += MONARCH_LANES) {
+    for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_LANES) {
         monarch_f32_store(simd->factor + ir, monarch_exp(monarch_f32_load(simd->factor + ir)));
     }
 }
 
 // softmax weights times the scales of V, as 7 bits relative to the greatest of a row, to which its factor moves
 static void monarch_cold_weigh(const struct monarch_simd_tile * tile, const monarch_f32 * v_scales, struct monarch_work * work, struct monarch_simd_work * simd) {
-    const int64_t n_rows = monarch_work_count_rows(work);
-
-    for (int64_t ir = 0; ir < n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
         struct monarch_row * row = &work->rows[ir];
 
         const monarch_f32 top = monarch_f32_set1(simd->top[ir]);
@@ -568,7 +558,6 @@ static void monarch_cold_weigh(const struct monarch_simd_tile * tile, const mona
 
 // adds the tile's V, MONARCH_LANES pairs of coordinates at a time
 static void monarch_cold_add(const struct monarch_simd_tile * tile, struct monarch_work * work, const struct monarch_simd_work * simd) {
-    const int64_t n_rows   = monarch_work_count_rows(work);
     const int64_t head_dim = tile->codec->head_dim;
     const int64_t n_chunks = head_dim/2/MONARCH_LANES;
 
@@ -582,7 +571,7 @@ static void monarch_cold_add(const struct monarch_simd_tile * tile, struct monar
             monarch_lookup_get(&tile->v, codes, &v_x[i], &v_y[i]);
         }
 
-        for (int64_t ir = 0; ir < n_rows; ++ir) {
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
             monarch_i32 x = monarch_i32_set1(0);
             monarch_i32 y = monarch_i32_set1(0);
 
@@ -887,8 +876,8 @@ static void monarch_simd_score(const struct monarch_attend * attend, int64_t hea
         simd.log_n[i] = log_table[monarch_mask_count(attend->table[i].mask)];
     }
 
-    for (int64_t ir = 0; ir < work->n_rows; ir += MONARCH_ROWS) {
-        const int64_t n = MONARCH_MIN(MONARCH_ROWS, work->n_rows - ir);
+    for (int64_t ir = 0; ir < work->n_queries; ir += MONARCH_ROWS) {
+        const int64_t n = MONARCH_MIN(MONARCH_ROWS, work->n_queries - ir);
 
         struct monarch_simd_query query;
         monarch_score_query_init(attend, &work->rows[ir], n, &simd, &query);

@@ -73,21 +73,21 @@ static size_t monarch_work_init(monarch_work * work, char * base, int32_t head_d
 
     monarch_work_take(&ptr, sizeof(monarch_work)); // *work itself, if it stays
 
-    work->rows        = (monarch_row *) monarch_work_take(&ptr, (n_rows + 1)*sizeof(monarch_row));
-    work->vectors     = (float *)       monarch_work_take(&ptr, 3*(n_rows + 1)*head_dim*sizeof(float));
+    work->rows        = (monarch_row *) monarch_work_take(&ptr, n_rows*sizeof(monarch_row));
+    work->vectors     = (float *)       monarch_work_take(&ptr, 3*n_rows*head_dim*sizeof(float));
     work->mass        = (float *)       monarch_work_take(&ptr, (n_rows + MONARCH_SCORE_ROWS - 1)*monarch_mass_stride(n_pages_max)*sizeof(float));
     work->probability = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->rank        = (float *)       monarch_work_take(&ptr, n_pages_max*sizeof(float));
     work->chosen      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
     work->sticky      = (int32_t *)     monarch_work_take(&ptr, n_pages_max*sizeof(int32_t));
-    work->kernel      =                 monarch_work_take(&ptr, monarch_kernel_work_size(head_dim, n_rows + 1, n_pages_max));
+    work->kernel      =                 monarch_work_take(&ptr, monarch_kernel_work_size(head_dim, n_rows, n_pages_max));
 
     return ptr - base;
 }
 
 size_t monarch_attend_work_size(int32_t head_dim, int64_t n_gqa, int64_t n_tokens, int64_t n_pages_max) {
     monarch_work work;
-    return monarch_work_init(&work, nullptr, head_dim, n_gqa*monarch_attend_block_size(n_gqa, n_tokens), n_pages_max);
+    return monarch_work_init(&work, nullptr, head_dim, n_gqa*monarch_attend_block_size(n_gqa, n_tokens) + 1, n_pages_max);
 }
 
 //
@@ -138,10 +138,10 @@ static void monarch_row_init(const monarch_attend * attend, monarch_work * work,
 }
 
 static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, int64_t i_token0, int64_t n_tokens, monarch_work * work) {
-    work->n_rows  = n_tokens*attend->n_gqa;
-    work->n_means = monarch_attend_has_rest(attend) ? 1 : 0;
+    work->n_queries = n_tokens*attend->n_gqa;
+    work->n_rows    = work->n_queries + monarch_attend_has_rest(attend);
 
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         const int64_t i_token = i_token0 + ir/attend->n_gqa;
         const int64_t i_head  = head_kv*attend->n_gqa + ir%attend->n_gqa;
 
@@ -149,8 +149,9 @@ static void monarch_rows_init(const monarch_attend * attend, int64_t head_kv, in
 
         work->rows[ir].mass = work->mass + ir*monarch_mass_stride(attend->n_pages_max);
     }
-    if (work->n_means) {
-        monarch_row_init(attend, work, work->n_rows, i_token0, nullptr);
+    // a query of zeros attends to all alike: to the mean V of what is read
+    for (int64_t ir = work->n_queries; ir < work->n_rows; ++ir) {
+        monarch_row_init(attend, work, ir, i_token0, nullptr);
     }
 }
 
@@ -166,7 +167,7 @@ static void monarch_row_finish(monarch_row * row, int64_t head_dim) {
 static void monarch_rows_write(const monarch_attend * attend, int64_t head_kv, monarch_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         monarch_row * row = &work->rows[ir];
 
         const int64_t i_head = head_kv*attend->n_gqa + ir%attend->n_gqa;
@@ -206,7 +207,7 @@ static void monarch_attend_estimate(const monarch_attend * attend, monarch_work 
 
     std::fill(work->probability, work->probability + n_pages, 0.0f);
 
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         monarch_row * row = &work->rows[ir];
 
         float * mass = row->mass;
@@ -265,15 +266,15 @@ static void monarch_row_add_rest(monarch_row * row, int64_t head_dim, const floa
 static void monarch_attend_add_rest(const monarch_attend * attend, monarch_work * work) {
     const int64_t head_dim = attend->op.codec.head_dim;
 
-    monarch_row * mean = &work->rows[work->n_rows];
+    monarch_row * mean = &work->rows[work->n_queries];
 
-    if (!work->n_means || mean->sum == 0.0f) {
+    if (work->n_rows == work->n_queries || mean->sum == 0.0f) {
         return;
     }
 
     monarch_row_finish(mean, head_dim);
 
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         monarch_row_add_rest(&work->rows[ir], head_dim, mean->hot);
     }
 }
@@ -285,13 +286,13 @@ static void monarch_attend_choose(const monarch_attend * attend, int64_t head_kv
     work->n_chosen = monarch_policy_select(&attend->policy, monarch_state_head(attend->state, attend->n_pages_max, head_kv), attend->n_pages_max,
             attend->n_pages, attend->table, work->probability, work->rank, work->chosen, work->sticky, &work->n_sticky);
 
-    for (int64_t ir = 0; ir < work->n_rows && work->n_chosen < attend->n_pages; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries && work->n_chosen < attend->n_pages; ++ir) {
         work->rows[ir].rest = monarch_row_get_rest(&work->rows[ir], work->n_chosen, work->chosen);
     }
 }
 
 static void monarch_rows_clear_mass(monarch_work * work) {
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         work->rows[ir].n_mass = work->n_chosen;
         std::fill(work->rows[ir].mass, work->rows[ir].mass + work->n_chosen, 0.0f);
     }
@@ -303,7 +304,7 @@ static void monarch_attend_log(const monarch_attend * attend, int64_t head_kv, m
 
     std::fill(measured, measured + work->n_chosen, 0.0f);
 
-    for (int64_t ir = 0; ir < work->n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work->n_queries; ++ir) {
         const monarch_row * row = &work->rows[ir];
 
         for (int32_t ic = 0; ic < work->n_chosen; ++ic) {
@@ -336,7 +337,7 @@ void monarch_attend_block(
     const bool is_logged = is_last && attend->mode == MONARCH_MODE_PAGED;
 
     monarch_work work;
-    monarch_work_init(&work, (char *) work_data, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+    monarch_work_init(&work, (char *) work_data, attend->op.codec.head_dim, monarch_attend_count_rows(attend), attend->n_pages_max);
 
     monarch_rows_init(attend, head_kv, attend->i_token + i_token0, n_tokens, &work);
 
@@ -387,10 +388,10 @@ static int64_t monarch_part_bound(const monarch_part * part, int64_t n, int64_t 
 
 void monarch_attend_part_begin(const monarch_attend * attend, const monarch_part * part) {
     monarch_work shared;
-    monarch_work_init(&shared, (char *) monarch_part_get(attend, part, 0), attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+    monarch_work_init(&shared, (char *) monarch_part_get(attend, part, 0), attend->op.codec.head_dim, monarch_attend_count_rows(attend), attend->n_pages_max);
 
     monarch_work * work = monarch_part_get(attend, part, part->i_part);
-    monarch_work_init(work, (char *) work, attend->op.codec.head_dim, attend->n_gqa*attend->n_block, attend->n_pages_max);
+    monarch_work_init(work, (char *) work, attend->op.codec.head_dim, monarch_attend_count_rows(attend), attend->n_pages_max);
 
     // all parts of a head write to one array of masses
     work->mass = shared.mass;
@@ -419,7 +420,7 @@ static void monarch_part_merge_rows(const monarch_attend * attend, const monarch
     for (int64_t i = 1; i < part->n_parts; ++i) {
         monarch_work * other = monarch_part_get(attend, part, i);
 
-        for (int64_t ir = 0; ir < monarch_work_count_rows(work); ++ir) {
+        for (int64_t ir = 0; ir < work->n_rows; ++ir) {
             monarch_row * dst = &work->rows[ir];
             monarch_row * src = &other->rows[ir];
 
@@ -467,7 +468,7 @@ void monarch_attend_part_cold(const monarch_attend * attend, const monarch_part 
     work.chosen   = shared->chosen + i0;
     work.n_chosen = i1 - i0;
 
-    for (int64_t ir = 0; ir < work.n_rows; ++ir) {
+    for (int64_t ir = 0; ir < work.n_queries; ++ir) {
         work.rows[ir].mass = work.mass + ir*monarch_mass_stride(attend->n_pages_max) + i0;
     }
     if (attend->mode == MONARCH_MODE_PAGED) {

@@ -65,10 +65,10 @@ static inline char * monarch_work_take(char ** ptr, size_t size) {
 
 // a thread's scratch
 struct monarch_work {
-    struct monarch_row * rows;        // [n_rows + n_means]
-    int64_t              n_rows;      // of queries
-    int64_t              n_means;     // 1: the last row's query is zero, so it attends to the mean V of what is read; 0: nobody needs it
-    float              * vectors;     // [n_rows + n_means][3][head_dim]
+    struct monarch_row * rows;        // [n_rows] those of queries, then that of the mean, if there is a rest
+    int64_t              n_rows;      // that attend
+    int64_t              n_queries;   // that are scored and written
+    float              * vectors;     // [n_rows][3][head_dim]
     float              * mass;        // [n_rows + MONARCH_SCORE_ROWS - 1][monarch_mass_stride] estimated, then measured
     float              * probability; // [n_pages_max]
     float              * rank;        // [n_pages_max]
@@ -78,6 +78,11 @@ struct monarch_work {
     int32_t              n_sticky;
     void               * kernel;      // what the kernel asked for
 };
+
+// rows of a whole block: of queries, and of the mean
+static inline int64_t monarch_attend_count_rows(const struct monarch_attend * attend) {
+    return attend->n_gqa*attend->n_block + 1;
+}
 
 // slots and chosen pages that kernels take together: parts do not cut them apart
 #define MONARCH_HOT_STEP  16
@@ -106,8 +111,6 @@ struct monarch_kernel {
     bool   (*supports_cold)(const struct monarch_op_params * op);
     size_t (*work_size)(int32_t head_dim, int64_t n_rows, int64_t n_pages_max); // bytes
 
-    // hot and cold: for all rows, that of the mean too
-    //
     // slots [i0, i1) of the ring under the mask; i0 is a multiple of MONARCH_HOT_STEP
     void (*hot)(const struct monarch_attend * attend, int64_t head_kv, struct monarch_work * work, int64_t i0, int64_t i1);
 
@@ -124,11 +127,6 @@ struct monarch_kernel {
 #define MONARCH_CPU_KERNEL(name) extern const struct monarch_kernel monarch_kernel_##name;
 #include "monarch-cpu-kernels.def"
 #undef MONARCH_CPU_KERNEL
-
-// the rows that attend
-static inline int64_t monarch_work_count_rows(const struct monarch_work * work) {
-    return work->n_rows + work->n_means;
-}
 
 // moves a row's softmax to a greater maximum
 void monarch_row_set_max(struct monarch_row * row, int64_t head_dim, float max);

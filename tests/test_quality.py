@@ -130,10 +130,9 @@ def test_paged_reads_what_matters(
     assert lost["paged"] <= subject.paged * lost["window"]
 
 
+@pytest.mark.parametrize("subject", ["shipped"], indirect=True)  # the other's context is too short
 def test_pages_get_what_is_estimated(patched_bin: Path, subject: Subject, text: Path) -> None:
     """On average: what the weights of estimates are for."""
-    if subject.text:
-        pytest.skip("its context is too short")
     got = run_child_json(patched_bin, "child_estimates.py", [subject.model, text])
     ratio = sum(got["measured"]) / sum(got["estimated"])
     print(f"{len(got['measured'])} promotions, measured / estimated {ratio:.2f}")
